@@ -1,0 +1,1 @@
+"""Teachers, caches, and the Python client of the PerSyn service."""

@@ -1,0 +1,278 @@
+"""The HTTP contract: what the service reads and writes, used by the service and by its Python client."""
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
+
+from clients.canonical import canonical_json
+from clients.types import CacheMode, Strategy
+
+MAX_PROMPTS_PER_CALL = 10_000
+MAX_DEPTH = 100
+"""Nesting of vendor fields. pydantic writes no more than 255 levels."""
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+NonEmptyText = Annotated[str, StringConstraints(min_length=1)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+def _require_json(value: Any) -> None:
+    """Refuse what Python reads from a body and no answer could carry back.
+
+    That is NaN, infinities, lone surrogates, and nesting deeper than a JSON writer follows. pydantic checks
+    none of them inside ``Any``, and surrogates not in a plain ``str``.
+    """
+    stack = [(value, 0)]
+    while stack:
+        member, depth = stack.pop()
+        if depth > MAX_DEPTH:
+            raise ValueError(f"lists and objects are nested deeper than {MAX_DEPTH} levels")
+        if isinstance(member, dict):
+            stack += [(inner, depth + 1) for pair in member.items() for inner in pair]
+        elif isinstance(member, list):
+            stack += [(inner, depth + 1) for inner in member]
+        elif isinstance(member, str) and _SURROGATE.search(member):
+            raise ValueError("a text holds a lone surrogate, which is not valid Unicode")
+    canonical_json(value)
+
+
+class ChatMessageBody(BaseModel):
+    """One OpenAI chat message; vendor keys are kept."""
+
+    model_config = ConfigDict(extra="allow")
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[dict[str, Any]]
+
+    @model_validator(mode="after")
+    def _is_json(self) -> "ChatMessageBody":
+        _require_json(self.content)
+        _require_json(self.model_extra)
+        return self
+
+
+class PromptBody(_Strict):
+    """One prompt: a text or an OpenAI chat list. Without an id it gets one from its content."""
+
+    id: NonEmptyText | None = None
+    prompt: str | None = None
+    messages: Annotated[list[ChatMessageBody], Field(min_length=1)] | None = None
+
+    @model_validator(mode="after")
+    def _one_form(self) -> "PromptBody":
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("give either prompt (a text) or messages (a chat list)")
+        _require_json(self.prompt)
+        return self
+
+    def chat(self) -> tuple[dict[str, Any], ...]:
+        """The prompt as an OpenAI chat list."""
+        if self.messages is None:
+            return ({"role": "user", "content": self.prompt},)
+        return tuple(message.model_dump(exclude_unset=True) for message in self.messages)
+
+
+def _text_to_prompt(value: Any) -> Any:
+    return {"prompt": value} if isinstance(value, str) else value
+
+
+PromptInput = Annotated[PromptBody, BeforeValidator(_text_to_prompt, json_schema_input_type=str | PromptBody)]
+
+
+class RouteRequest(_Strict):
+    """``POST /route``."""
+
+    prompts: Annotated[list[PromptInput], Field(min_length=1, max_length=MAX_PROMPTS_PER_CALL)]
+    student: NonEmptyText | None = Field(
+        None, description="Student id; the first of the project file if absent."
+    )
+    strategy: Strategy = "persyn"
+    teachers: Annotated[list[NonEmptyText], Field(min_length=1)] | None = Field(
+        None, description="Allow-list of teacher ids; all of the checkpoint if absent."
+    )
+    exclude: list[NonEmptyText] = Field(default_factory=list, description="Teacher ids never to choose.")
+    alpha: Annotated[float, Field(ge=0, le=1)] | None = Field(
+        None, description="Weight of learnability; that of the checkpoint if absent."
+    )
+    temperature: Annotated[float, Field(ge=0, le=100)] = Field(
+        0.0, description="0 takes the best teacher; above, the teacher is sampled."
+    )
+    seed: int = Field(0, description="Sampling depends on this and on the prompt's id alone.")
+    cost_weight: Annotated[float, Field(ge=0)] = Field(
+        0.0, description="Reward that one US dollar of expected answer cost outweighs."
+    )
+    top_k: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="Only the k strongest allowed teachers stay candidates for each prompt."
+    )
+
+
+class DecisionBody(BaseModel):
+    """Which teacher answers one prompt, and why."""
+
+    id: str
+    teacher: str
+    distribution: dict[str, float]
+    strengths: dict[str, float]
+    quality: dict[str, float]
+    learnability: dict[str, float]
+    expected_reward: dict[str, float]
+    propensity: float
+    margin: float
+    uncertain: bool
+    input_tokens: int
+    truncated: bool
+
+
+class RouteResponse(BaseModel):
+    """Answer of ``POST /route``, in the order of the prompts."""
+
+    checkpoint_id: str
+    student: str
+    strategy: Strategy
+    alpha: float
+    decisions: list[DecisionBody]
+
+
+class SynthesizeRequest(RouteRequest):
+    """``POST /synthesize``: the fields of ``/route`` and how to generate."""
+
+    sampling: dict[str, Any] = Field(
+        default_factory=dict, description="OpenAI parameters that override the teacher's own; n is allowed."
+    )
+    fallback: bool = Field(
+        False, description="Ask the next teacher if the chosen one fails. Changes the mix of the data set."
+    )
+    cache: CacheMode = "use"
+    deadline_s: Annotated[float, Field(gt=0, le=3600)] = 300.0
+    stream: bool = Field(False, description="Answer as NDJSON, one item per line as it completes.")
+
+    @model_validator(mode="after")
+    def _sampling_is_only_sampling(self) -> "SynthesizeRequest":
+        forbidden = sorted({"messages", "model", "stream", "stream_options"} & self.sampling.keys())
+        if forbidden:
+            raise ValueError(f"sampling may not set {', '.join(forbidden)}")
+        _require_json(self.sampling)
+        n_samples = self.sampling.get("n")
+        if n_samples is not None and not (type(n_samples) is int and 1 <= n_samples <= 128):
+            raise ValueError("sampling.n must be an integer from 1 to 128")
+        return self
+
+
+class UsageBody(BaseModel):
+    """Token counts as the teacher gave them."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    total_tokens: int = 0
+
+
+class ProvenanceBody(BaseModel):
+    """Where one answer came from."""
+
+    teacher: str
+    served_model: str
+    checkpoint_id: str | None
+    strategy: str | None
+    student: str | None
+    distribution: dict[str, float]
+    propensity: float | None
+    sampling: dict[str, Any]
+    prompt_hash: str
+    attempts: int
+    fallback_from: str | None
+    cache: Literal["hit", "miss", "refresh", "off"]
+    usage: UsageBody
+    cost_usd: float
+    latency_s: float
+    finish_reason: str
+    created: str
+    persyn_version: str
+
+
+class ErrorBody(BaseModel):
+    """Why one item failed, and who is at fault."""
+
+    type: str
+    title: str
+    detail: str
+    source: Literal["client", "persyn", "teacher", "cache"]
+    retryable: bool
+
+
+class AnsweredItem(BaseModel):
+    """One prompt answered."""
+
+    id: str
+    status: Literal["ok"] = "ok"
+    teacher: str
+    messages: list[dict[str, Any]]
+    choices: list[dict[str, Any]]
+    provenance: ProvenanceBody
+
+
+class FailedItem(BaseModel):
+    """One prompt that was not answered."""
+
+    id: str
+    status: Literal["error"] = "error"
+    teacher: str | None = None
+    error: ErrorBody
+
+
+SynthesizedItem = Annotated[AnsweredItem | FailedItem, Field(discriminator="status")]
+
+
+class SynthesisSummary(BaseModel):
+    """Totals of one call. Usage counts what teachers generated for it: a cached answer adds nothing."""
+
+    ok: int = 0
+    failed: int = 0
+    cached: int = 0
+    usage: UsageBody = Field(default_factory=UsageBody)
+    cost_usd: float = 0.0
+
+
+class SynthesizeResponse(BaseModel):
+    """Answer of ``POST /synthesize``, in the order of the prompts."""
+
+    checkpoint_id: str
+    items: list[SynthesizedItem]
+    summary: SynthesisSummary
+
+
+class TeacherState(BaseModel):
+    """One teacher as it is now."""
+
+    id: str
+    model: str
+    family: str | None
+    size_b: float | None
+    price: dict[str, float]
+    limits: dict[str, int | None]
+    in_flight: int
+    breaker: Literal["closed", "open", "half_open"]
+    students: list[str] = Field(description="Students whose router can choose this teacher.")
+
+
+class TeachersResponse(BaseModel):
+    """Answer of ``GET /teachers``."""
+
+    teachers: list[TeacherState]
+
+
+class Problem(BaseModel):
+    """RFC 9457 problem document."""
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    source: Literal["client", "persyn", "teacher", "cache"]
+    retryable: bool
+    request_id: str | None = None
+    errors: list[dict[str, Any]] | None = Field(None, description="Fields that failed validation.")

@@ -1,0 +1,1 @@
+"""The router, and everything offline: scoring, training, evaluation, pipelines."""

@@ -1,0 +1,1 @@
+"""The offline stages: a thin loop around one pure function each."""

@@ -1,0 +1,341 @@
+"""The score table: read, validate, and turn into prompt × teacher arrays with a mask."""
+
+import hashlib
+import importlib
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from router_model.errors import TableError
+
+FloatArray = NDArray[np.float64]
+BoolArray = NDArray[np.bool_]
+
+REQUIRED_COLUMNS = ("prompt_id", "prompt", "teacher", "quality")
+OPTIONAL_COLUMNS = ("learnability", "n_tokens", "cost_usd", "family", "size_b", "split")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ScoreTable:
+    """Rewards of parallel responses: N prompts × M teachers.
+
+    A missing (prompt, teacher) cell is ``False`` in ``mask_NM`` and NaN in every value array. Prompts stand
+    in the order of their first row, teachers in sorted order, so column ``m`` is ``teachers[m]``.
+    """
+
+    prompt_ids: tuple[str, ...]
+    prompts: tuple[str, ...]
+    teachers: tuple[str, ...]
+    quality_NM: FloatArray
+    """Higher is better, any scale."""
+    learnability_NM: FloatArray | None
+    """Mean log-probability per response token under the student, nats. None if the table has none."""
+    mask_NM: BoolArray
+    split_N: tuple[str | None, ...]
+    """``train``, ``test`` or None for each prompt."""
+    n_tokens_NM: FloatArray | None
+    cost_usd_NM: FloatArray | None
+    families: Mapping[str, str | None]
+    sizes_b: Mapping[str, float | None]
+    content_sha256: str
+    """Hash of ids, prompts, teachers and values, whatever the file format."""
+    source: str = "score table"
+    """The file the table came from, for error messages."""
+
+    @property
+    def n_prompts(self) -> int:
+        """Number of prompts, N."""
+        return len(self.prompt_ids)
+
+    @property
+    def n_teachers(self) -> int:
+        """Number of teachers, M."""
+        return len(self.teachers)
+
+    def prompt_hashes(self) -> tuple[str, ...]:
+        """SHA-256 of each prompt's text: how a checkpoint remembers what it was trained on."""
+        return tuple(prompt_sha256(text) for text in self.prompts)
+
+    def select(self, rows: Sequence[int] | NDArray[np.integer[Any]] | BoolArray) -> "ScoreTable":
+        """The same table with some of its prompts only.
+
+        Args:
+            rows: Row numbers in the wanted order, or a boolean mask over the prompts. Teachers all stay, even
+                one that has no cell left.
+        """
+        index = np.arange(self.n_prompts)[np.asarray(rows)] if len(rows) else np.zeros(0, dtype=np.int64)
+        return _assemble(
+            prompt_ids=tuple(self.prompt_ids[i] for i in index),
+            prompts=tuple(self.prompts[i] for i in index),
+            teachers=self.teachers,
+            values={name: array[index] for name, array in self._values().items()},
+            split_N=tuple(self.split_N[i] for i in index),
+            families=self.families,
+            sizes_b=self.sizes_b,
+            source=self.source,
+        )
+
+    def _values(self) -> dict[str, FloatArray]:
+        """The value arrays that the table has, by column name."""
+        arrays = {
+            "quality": self.quality_NM,
+            "learnability": self.learnability_NM,
+            "n_tokens": self.n_tokens_NM,
+            "cost_usd": self.cost_usd_NM,
+        }
+        return {name: array for name, array in arrays.items() if array is not None}
+
+
+def prompt_sha256(text: str) -> str:
+    """SHA-256 of a prompt's text. Lone surrogates are hashed too, so that no prompt is refused here."""
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def read_table(path: str | Path) -> ScoreTable:
+    """Read a score table in long form: one row per prompt and teacher.
+
+    Args:
+        path: A ``.parquet`` or ``.jsonl`` file with at least ``prompt_id``, ``prompt``, ``teacher``,
+            ``quality``.
+
+    Raises:
+        TableError: With the row at fault, when the file or one of its rows is malformed.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise TableError(file, "no such file: expected a score table in .parquet or .jsonl")
+    if file.suffix == ".parquet":
+        rows = _parquet_rows(file)
+    elif file.suffix == ".jsonl":
+        rows = _jsonl_rows(file)
+    else:
+        raise TableError(file, f"unknown format {file.suffix!r}: expected .parquet or .jsonl")
+    builder = _TableBuilder(file)
+    for line, row in rows:
+        builder.add(line, row)
+    return builder.build()
+
+
+def _parquet_rows(file: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    """Rows of a Parquet file, counted from 1. Only the columns that are used are read."""
+    # Imported here: reading tables is offline work, and the serving image has no pyarrow.
+    arrow = importlib.import_module("pyarrow")
+    parquet = importlib.import_module("pyarrow.parquet")
+
+    try:
+        names = set(parquet.read_schema(file).names)
+        missing = [name for name in REQUIRED_COLUMNS if name not in names]
+        if missing:
+            raise TableError(file, f"column {missing[0]!r} is missing; required are {list(REQUIRED_COLUMNS)}")
+        wanted = [name for name in (*REQUIRED_COLUMNS, *OPTIONAL_COLUMNS) if name in names]
+        batches = parquet.ParquetFile(file).iter_batches(columns=wanted)
+        line = 0
+        for batch in batches:
+            for row in batch.to_pylist():
+                line += 1
+                yield line, row
+    except arrow.ArrowException as error:
+        raise TableError(file, f"not a readable Parquet file: {error}") from error
+
+
+def _jsonl_rows(file: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    """Rows of a JSON lines file, numbered by line; blank lines are skipped."""
+    with file.open("rb") as stream:
+        for line, raw in enumerate(stream, start=1):
+            try:
+                text = raw.decode("utf-8-sig" if line == 1 else "utf-8").strip()
+                row = json.loads(text) if text else None
+            except (UnicodeDecodeError, json.JSONDecodeError) as error:
+                raise TableError(file, f"not valid JSON in UTF-8: {error}", line=line) from error
+            if not text:
+                continue
+            if not isinstance(row, dict):
+                raise TableError(file, f"expected a JSON object, got {type(row).__name__}", line=line)
+            missing = [name for name in REQUIRED_COLUMNS if name not in row]
+            if missing:
+                raise TableError(file, f"column {missing[0]!r} is missing", line=line)
+            yield line, row
+
+
+@dataclass(slots=True)
+class _Cell:
+    """One row's numbers and where it stood."""
+
+    line: int
+    values: dict[str, float | None]
+
+
+@dataclass(slots=True)
+class _TableBuilder:
+    """Collects rows, checks them against each other, and builds the arrays."""
+
+    file: Path
+    prompts: dict[str, str] = field(default_factory=dict)
+    splits: dict[str, str | None] = field(default_factory=dict)
+    families: dict[str, str | None] = field(default_factory=dict)
+    sizes_b: dict[str, float | None] = field(default_factory=dict)
+    cells: dict[tuple[str, str], _Cell] = field(default_factory=dict)
+
+    def add(self, line: int, row: Mapping[str, Any]) -> None:
+        """Take one row. Raises ``TableError`` naming it if it is malformed or contradicts an earlier one."""
+        prompt_id = self._text(line, row, "prompt_id")
+        prompt = self._text(line, row, "prompt", allow_empty=True)
+        teacher = self._text(line, row, "teacher")
+        where = f"prompt {prompt_id!r}, teacher {teacher!r}"
+        if self.prompts.setdefault(prompt_id, prompt) != prompt:
+            raise self._error(
+                line, f"prompt id {prompt_id!r} stands for another prompt text in an earlier row"
+            )
+        first = self.cells.get((prompt_id, teacher))
+        if first is not None:
+            raise self._error(line, f"{where}: duplicate of row {first.line}; expected one row per pair")
+        quality = self._number(line, row, "quality", where)
+        if quality is None:
+            raise self._error(line, f"{where}: quality is null; a missing answer is a missing row, never NaN")
+        values = {"quality": quality, "learnability": self._number(line, row, "learnability", where)}
+        for name in ("n_tokens", "cost_usd"):
+            values[name] = self._number(line, row, name, where, least=0.0)
+        self.cells[prompt_id, teacher] = _Cell(line, values)
+        self._add_split(line, prompt_id, row.get("split"))
+        self._add_teacher_fact(
+            line, teacher, "family", self._optional_text(line, row, "family"), self.families
+        )
+        size = self._number(line, row, "size_b", where, least=0.0)
+        self._add_teacher_fact(line, teacher, "size_b", size, self.sizes_b)
+
+    def build(self) -> ScoreTable:
+        """The finished table."""
+        if not self.cells:
+            raise TableError(self.file, "holds no rows")
+        prompt_ids, teachers = tuple(self.prompts), tuple(sorted(self.families))
+        row_of = {prompt_id: n for n, prompt_id in enumerate(prompt_ids)}
+        column_of = {teacher: m for m, teacher in enumerate(teachers)}
+        values: dict[str, FloatArray] = {}
+        for name in ("quality", "learnability", "n_tokens", "cost_usd"):
+            array_NM = np.full((len(prompt_ids), len(teachers)), np.nan)
+            for (prompt_id, teacher), cell in self.cells.items():
+                value = cell.values[name]
+                array_NM[row_of[prompt_id], column_of[teacher]] = np.nan if value is None else value
+            if not np.isnan(array_NM).all():
+                values[name] = array_NM
+        if "learnability" in values:
+            self._require_all_learnability()
+        return _assemble(
+            prompt_ids=prompt_ids,
+            prompts=tuple(self.prompts.values()),
+            teachers=teachers,
+            values=values,
+            split_N=tuple(self.splits[prompt_id] for prompt_id in prompt_ids),
+            families={teacher: self.families[teacher] for teacher in teachers},
+            sizes_b={teacher: self.sizes_b[teacher] for teacher in teachers},
+            source=str(self.file),
+        )
+
+    def _require_all_learnability(self) -> None:
+        """Learnability is there for every present cell or for none: half a reward cannot be compared."""
+        for (prompt_id, teacher), cell in self.cells.items():
+            if cell.values["learnability"] is None:
+                where = f"prompt {prompt_id!r}, teacher {teacher!r}"
+                reason = f"{where}: learnability is missing here but not elsewhere"
+                raise self._error(cell.line, f"{reason}; fill every row or leave the column out")
+
+    def _add_split(self, line: int, prompt_id: str, split: Any) -> None:
+        if split not in ("train", "test", None):
+            raise self._error(line, f"split is {split!r}; expected 'train', 'test' or null")
+        if self.splits.setdefault(prompt_id, split) != split:
+            raise self._error(line, f"prompt {prompt_id!r} has two values of split; expected one per prompt")
+
+    def _add_teacher_fact(
+        self, line: int, teacher: str, name: str, value: Any, known: dict[str, Any]
+    ) -> None:
+        """Remember a teacher's family or size; a null says nothing, two values contradict each other."""
+        earlier = known.setdefault(teacher, value)
+        if earlier is None:
+            known[teacher] = value
+        elif value is not None and value != earlier:
+            raise self._error(line, f"teacher {teacher!r} has {name} {value!r} here and {earlier!r} before")
+
+    def _text(self, line: int, row: Mapping[str, Any], name: str, *, allow_empty: bool = False) -> str:
+        value = row[name]
+        # Ids are often numbers in tables made elsewhere.
+        if name == "prompt_id" and isinstance(value, int) and not isinstance(value, bool):
+            return str(value)
+        if not isinstance(value, str):
+            raise self._error(line, f"{name} is {type(value).__name__}, expected a string")
+        if not value and not allow_empty:
+            raise self._error(line, f"{name} is empty")
+        return value
+
+    def _optional_text(self, line: int, row: Mapping[str, Any], name: str) -> str | None:
+        return None if row.get(name) is None else self._text(line, row, name)
+
+    def _number(
+        self, line: int, row: Mapping[str, Any], name: str, where: str, *, least: float = -math.inf
+    ) -> float | None:
+        value = row.get(name)
+        if value is None:
+            return None
+        # Exact answers are often written as true and false.
+        if not isinstance(value, int | float):
+            raise self._error(line, f"{where}: {name} is {type(value).__name__}, expected a number")
+        try:
+            number = float(value)
+        except OverflowError:
+            number = math.inf
+        if not math.isfinite(number):
+            hint = "a missing answer is a missing row" if name == "quality" else "leave it out or write null"
+            raise self._error(line, f"{where}: {name} is {number}; {hint}, never NaN")
+        if number < least:
+            raise self._error(line, f"{where}: {name} is {number}, expected at least {least:g}")
+        return number
+
+    def _error(self, line: int, reason: str) -> TableError:
+        return TableError(self.file, reason, line=line)
+
+
+def _assemble(
+    *,
+    prompt_ids: tuple[str, ...],
+    prompts: tuple[str, ...],
+    teachers: tuple[str, ...],
+    values: Mapping[str, FloatArray],
+    split_N: tuple[str | None, ...],
+    families: Mapping[str, str | None],
+    sizes_b: Mapping[str, float | None],
+    source: str,
+) -> ScoreTable:
+    """A table with its hash. The order of prompts counts: it decides the cross-validation folds."""
+    digest = hashlib.sha256()
+    heading = [
+        prompt_ids,
+        prompts,
+        teachers,
+        split_N,
+        [families[t] for t in teachers],
+        [sizes_b[t] for t in teachers],
+    ]
+    digest.update(json.dumps(heading).encode())
+    for name in sorted(values):
+        digest.update(name.encode())
+        digest.update(np.ascontiguousarray(values[name], dtype="<f8").tobytes())
+    return ScoreTable(
+        prompt_ids=prompt_ids,
+        prompts=prompts,
+        teachers=teachers,
+        quality_NM=values["quality"],
+        learnability_NM=values.get("learnability"),
+        mask_NM=~np.isnan(values["quality"]),
+        split_N=split_N,
+        n_tokens_NM=values.get("n_tokens"),
+        cost_usd_NM=values.get("cost_usd"),
+        families=dict(families),
+        sizes_b=dict(sizes_b),
+        content_sha256=digest.hexdigest(),
+        source=source,
+    )

@@ -1,0 +1,407 @@
+"""The ``persyn`` command. Each stage is imported only when it is called."""
+
+import asyncio
+import json
+import logging
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from clients.errors import ConfigurationError, PersynError
+from clients.types import Strategy
+from service.progress import progress_for
+
+if TYPE_CHECKING:
+    from router_model.pipeline.check import Finding
+    from router_model.pipeline.generation import GenerationResult
+
+EXIT_FAILED, EXIT_USAGE, EXIT_SOME_FAILED = 1, 2, 3
+
+app = typer.Typer(
+    name="persyn",
+    help="Route each prompt to the teacher whose answer is good and learnable for your student.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+HeadName = Literal["auto", "constant", "ridge", "bt"]
+
+ConfigOption = Annotated[Path, typer.Option("-c", "--config", help="The project file.")]
+RunOption = Annotated[Path, typer.Option("--run", help="Folder of the run.")]
+PromptsOption = Annotated[Path, typer.Option("--prompts", help="JSONL, Parquet or OpenAI batch input.")]
+StudentOption = Annotated[str | None, typer.Option("--student", help="Student id; the first if absent.")]
+SeedOption = Annotated[int, typer.Option("--seed")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+
+DEFAULT_CONFIG = Path("persyn.yaml")
+
+
+def main() -> None:
+    """Run the command line; every error that PerSyn can name becomes one message and exit code 1."""
+    logging.basicConfig(level=logging.ERROR, format="%(name)s: %(message)s")
+    try:
+        app()
+    except PersynError as error:
+        if "--json" in sys.argv:
+            print(json.dumps({"error": type(error).__name__, "detail": error.message}))
+        Console(stderr=True).print(
+            f"[red]error:[/red] {escape(error.message)}", highlight=False, soft_wrap=True
+        )
+        sys.exit(EXIT_FAILED)
+    except KeyboardInterrupt:
+        _stopped()
+
+
+@app.command()
+def init(
+    folder: Annotated[Path, typer.Argument(help="Where to write the example.")] = Path(),
+    as_json: JsonOption = False,
+) -> None:
+    """Write an example project: persyn.yaml, its schema, and two prompts."""
+    from router_model.pipeline.artifacts import write_atomically, write_jsonl
+    from router_model.pipeline.config import EXAMPLE_PROMPTS, SCHEMA_FILE, example_project, schema_text
+
+    project_file, prompts_file = folder / "persyn.yaml", folder / "prompts.jsonl"
+    for path in (project_file, prompts_file):
+        if path.exists():
+            raise ConfigurationError(f"{path} exists already and is left as it is")
+    write_atomically(project_file, example_project().encode())
+    write_atomically(folder / SCHEMA_FILE, schema_text().encode())
+    write_jsonl(prompts_file, EXAMPLE_PROMPTS)
+    _show(
+        {"files": [str(project_file), str(folder / SCHEMA_FILE), str(prompts_file)]},
+        as_json,
+        [
+            f"wrote {project_file}, {SCHEMA_FILE} and {prompts_file.name}",
+            f"next: persyn check -c {project_file}",
+        ],
+    )
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of persyn.yaml."""
+    from router_model.pipeline.config import schema_text
+
+    print(schema_text(), end="")
+
+
+@app.command()
+def check(config: ConfigOption = DEFAULT_CONFIG, as_json: JsonOption = False) -> None:
+    """Validate the project; probe teachers, cache, models and checkpoints. Exit 1 if something would fail."""
+    from router_model.pipeline.check import check_project
+
+    findings = [*check_project(config), _check_cache(config)]
+    table = Table("", "what", "finding", box=None)
+    marks = {"ok": "[green]ok[/green]", "warning": "[yellow]warn[/yellow]", "failed": "[red]FAIL[/red]"}
+    for finding in findings:
+        table.add_row(marks[finding.state], escape(finding.subject), escape(finding.detail))
+    if as_json:
+        print(json.dumps({"findings": [finding.as_json() for finding in findings]}, indent=2))
+    else:
+        Console().print(table)
+    if any(finding.state == "failed" for finding in findings):
+        raise typer.Exit(EXIT_FAILED)
+
+
+@app.command()
+def collect(
+    run: RunOption,
+    config: ConfigOption = DEFAULT_CONFIG,
+    prompts: Annotated[
+        Path | None, typer.Option("--prompts", help="In place of calibration.prompts.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Let every teacher answer the calibration prompts. Resumable."""
+    from router_model.pipeline.collect import collect as collect_stage
+    from router_model.pipeline.config import load_project
+
+    result = collect_stage(load_project(config), run, progress=progress_for(), prompts_path=prompts)
+    _finish_generation(result, run, as_json)
+
+
+@app.command()
+def score(
+    run: RunOption,
+    config: ConfigOption = DEFAULT_CONFIG,
+    student: StudentOption = None,
+    prompts: Annotated[
+        Path | None, typer.Option("--prompts", help="In place of calibration.prompts.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Judge quality and learnability of the collected answers: RUN/scores.parquet. Resumable."""
+    from router_model.pipeline.config import load_project
+    from router_model.pipeline.score import score as score_stage
+
+    result = score_stage(
+        load_project(config), run, progress=progress_for(), student_id=student, prompts_path=prompts
+    )
+    _show(
+        {
+            "scores": str(result.path),
+            "rows": result.n_rows,
+            "missing": result.n_missing,
+            "unscorable": result.n_unscorable,
+        },
+        as_json,
+        [
+            f"{result.n_rows} scored answers in {result.path}"
+            + (f"; {result.n_missing} cells have no answer" if result.n_missing else "")
+            + (f"; {result.n_unscorable} answers could not be scored" if result.n_unscorable else "")
+        ],
+    )
+    if result.n_missing or result.n_unscorable:
+        raise typer.Exit(EXIT_SOME_FAILED)
+
+
+@app.command()
+def train(
+    scores: Annotated[Path, typer.Option("--scores", help="Score table, .parquet or .jsonl.")],
+    backbone: Annotated[str, typer.Option("--backbone", help="Hub id, folder or .gguf file.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder of the checkpoint.")],
+    student: Annotated[str, typer.Option("--student", help="Student id.")] = "student",
+    student_family: Annotated[str | None, typer.Option("--student-family")] = None,
+    alpha: Annotated[float, typer.Option("--alpha", min=0.0, max=1.0, help="Weight of learnability.")] = 0.4,
+    head: Annotated[HeadName, typer.Option("--head")] = "auto",
+    max_tokens: Annotated[int, typer.Option("--max-tokens", min=8)] = 2048,
+    seed: SeedOption = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Train a router on a score table."""
+    from router_model.pipeline.train import TrainSettings, train_router
+
+    settings = TrainSettings(
+        student=student,
+        student_family=student_family,
+        backbone=backbone,
+        head=head,
+        alpha=alpha,
+        seed=seed,
+        max_tokens=max_tokens,
+    )
+    result = train_router(scores, out, settings, progress=progress_for())
+    _show(
+        result.as_json(),
+        as_json,
+        [
+            f"router {result.checkpoint_id[:12]} for {student!r}: head {result.head!r} on "
+            f"{result.n_prompts} prompts x {result.n_teachers} teachers, in {out}"
+        ],
+    )
+
+
+@app.command()
+def evaluate(
+    checkpoint: Annotated[Path, typer.Option("--checkpoint", help="Folder of the checkpoint.")],
+    scores: Annotated[Path, typer.Option("--scores", help="Score table, .parquet or .jsonl.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder of the report.")],
+    as_json: JsonOption = False,
+) -> None:
+    """Compare the router with best single, random, oracle and the other strategies on held-out prompts."""
+    from router_model.pipeline.evaluate import evaluate_router
+    from router_model.report import summary_lines
+
+    report = evaluate_router(checkpoint, scores, out, progress=progress_for())
+    _show(report, as_json, [*summary_lines(report), f"report: {out / 'report.md'}"])
+
+
+@app.command(name="run")
+def run_command(
+    config: ConfigOption = DEFAULT_CONFIG,
+    student: StudentOption = None,
+    run: Annotated[
+        Path | None, typer.Option("--run", help="Folder of the run; that of the checkpoint if absent.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Collect, score, train and evaluate. Resumable."""
+    from router_model.pipeline.config import load_project
+    from router_model.pipeline.run import run_pipeline
+    from router_model.report import summary_lines
+
+    result = run_pipeline(load_project(config), progress=progress_for(), student_id=student, run_folder=run)
+    if result.interrupted:
+        _stopped()
+    _show(
+        {
+            "failed": result.n_failed,
+            "checkpoint": str(result.checkpoint),
+            "report": str(result.report_folder),
+            "verdict": result.report["verdict"],
+        },
+        as_json,
+        [*summary_lines(result.report), f"report: {result.report_folder / 'report.md'}"],
+    )
+    if result.n_failed:
+        raise typer.Exit(EXIT_SOME_FAILED)
+
+
+@app.command()
+def synthesize(
+    prompts: PromptsOption,
+    out: Annotated[Path, typer.Option("--out", help="Folder of the data set.")],
+    config: ConfigOption = DEFAULT_CONFIG,
+    checkpoint: Annotated[
+        Path | None, typer.Option("--checkpoint", help="That of the student if absent.")
+    ] = None,
+    student: StudentOption = None,
+    strategy: Annotated[Strategy, typer.Option("--strategy")] = "persyn",
+    temperature: Annotated[float, typer.Option("--temperature", min=0.0, help="0 takes the best.")] = 0.0,
+    seed: SeedOption = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Route each prompt, let its teacher answer, and write a data set. Resumable."""
+    from router_model.pipeline.config import load_project
+    from router_model.pipeline.synthesize import SynthesisSettings, synthesize_dataset
+
+    settings = SynthesisSettings(
+        strategy=strategy, temperature=temperature, seed=seed, command=_command_line()
+    )
+    result = synthesize_dataset(
+        load_project(config),
+        prompts,
+        out,
+        settings,
+        progress=progress_for(),
+        student_id=student,
+        checkpoint=checkpoint,
+    )
+    if result.interrupted:
+        _stopped()
+    _show(
+        result.as_json(),
+        as_json,
+        [
+            f"{result.summary.n_rows} records in {out}, {result.summary.n_failures} prompts without one, "
+            f"${result.summary.cost_usd:.4f}",
+            *(f"  {share:>6.1%}  {teacher}" for teacher, share in result.summary.shares.items()),
+        ],
+    )
+    if result.summary.n_failures:
+        raise typer.Exit(EXIT_SOME_FAILED)
+
+
+@app.command()
+def serve(
+    config: ConfigOption = DEFAULT_CONFIG,
+    host: Annotated[str | None, typer.Option("--host", help="[env PERSYN_HOST]")] = None,
+    port: Annotated[int | None, typer.Option("--port", min=0, max=65535, help="[env PERSYN_PORT]")] = None,
+) -> None:
+    """Serve /route and /synthesize over HTTP.
+
+    Every other setting of the process is an environment variable PERSYN_*; docs/operations.md lists them.
+    """
+    from router_model.pipeline.config import load_project
+    from service.server import serve_project
+    from service.settings import load_settings
+
+    project = load_project(config)
+    settings = load_settings(known=project.key_variables(), host=host, port=port)
+    serve_project(settings, project.project())
+
+
+@app.command()
+def route(
+    prompt: Annotated[str, typer.Argument(help="The prompt.")],
+    config: ConfigOption = DEFAULT_CONFIG,
+    student: StudentOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show which teacher suits a prompt, as a bar chart. No teacher is asked."""
+    from router_model.inference import Router
+    from router_model.pipeline.config import load_project
+    from router_model.pipeline.prompts import prompt_from_text
+    from router_model.pipeline.synthesize import SynthesisSettings, decide_all
+
+    router = Router.load(Path(load_project(config).student(student).checkpoint))
+    decision = decide_all(router, [prompt_from_text(prompt)], SynthesisSettings())[0]
+    shares = sorted(decision.distribution.items(), key=lambda pair: -pair[1])
+    result = {"teacher": decision.teacher, "distribution": dict(shares), "uncertain": decision.uncertain}
+    _show(result, as_json, bar_chart(shares))
+
+
+def bar_chart(shares: Sequence[tuple[str, float]], width: int = 40) -> list[str]:
+    """One line per teacher: its name, a bar, its share."""
+    label_width = max(len(name) for name, _ in shares)
+    return [
+        f"{name:<{label_width}}  {'█' * round(width * share):<{width}} {share:6.1%}" for name, share in shares
+    ]
+
+
+def _check_cache(config: Path) -> "Finding":
+    """Whether the response cache that ``persyn serve`` would use answers."""
+    from router_model.pipeline.check import Finding
+    from router_model.pipeline.config import load_project
+    from service.app import open_cache
+    from service.settings import load_settings
+
+    settings = load_settings(known=load_project(config).key_variables())
+    cache = open_cache(settings)
+    subject = "cache" if settings.redis_url is None else "Redis cache"
+
+    async def ping() -> None:
+        try:
+            await cache.ping()
+        finally:
+            await cache.aclose()
+
+    try:
+        asyncio.run(ping())
+    except PersynError as error:
+        return Finding("failed", subject, error.message)
+    return Finding("ok", subject, str(settings.cache_path) if settings.redis_url is None else "answers")
+
+
+def _finish_generation(result: "GenerationResult", run: Path, as_json: bool) -> None:
+    facts = {
+        "generated": result.n_generated,
+        "reused": result.n_reused,
+        "failed": len(result.failures),
+        "cost_usd": result.cost_usd,
+        "run": str(run),
+    }
+    lines = [
+        f"{result.n_generated} answers generated, {result.n_reused} kept from before, "
+        f"{len(result.failures)} failed, ${result.cost_usd:.4f}"
+    ]
+    reasons = sorted({failure.reason for failure in result.failures})
+    lines += [f"  {reason}" for reason in reasons[:5]]
+    lines += (
+        [f"  and {len(reasons) - 5} more reasons in {run / 'failures.jsonl'}"] if len(reasons) > 5 else []
+    )
+    _show(facts, as_json, lines)
+    if result.interrupted:
+        _stopped()
+    if result.failures:
+        raise typer.Exit(EXIT_FAILED if not result.n_generated + result.n_reused else EXIT_SOME_FAILED)
+
+
+def _show(result: Mapping[str, Any], as_json: bool, lines: Sequence[str]) -> None:
+    if as_json:
+        print(json.dumps(result, indent=2))
+        return
+    for line in lines:
+        print(line)
+
+
+def _stopped() -> NoReturn:
+    print(f"stopped; what is finished is kept. Resume with:\n  {_command_line()}", file=sys.stderr)
+    sys.exit(EXIT_FAILED)
+
+
+def _command_line() -> str:
+    return shlex.join(["persyn", *sys.argv[1:]])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,249 @@
+"""RoutingService on a scripted router: ids, restrictions, cost, and what is refused."""
+
+import asyncio
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from clients.schemas import RouteRequest
+from clients.types import Price, RoutingDecision, StudentSpec
+from router_model.checkpoint import BackboneFacts, Manifest, StudentFacts, TrainingFacts
+from router_model.errors import StrategyError
+from router_model.inference import RouterOutput
+from router_model.model import TeacherSummary
+from service.admission import Admission
+from service.errors import (
+    DeadlineExceededError,
+    InvalidRequestError,
+    OverloadedError,
+    UnknownStudentError,
+)
+from service.routing import Routed, RoutingService
+from service.students import ScoredPrompt, Student, Students
+
+TEACHERS = ("a", "b", "c")
+
+
+def manifest(*, learnability: float | None = -1.0) -> Manifest:
+    """Three teachers of growing quality; b alone is of the student's family."""
+    return Manifest(
+        checkpoint_id="c0ffee",
+        student=StudentFacts("tiny", "kin"),
+        teachers=tuple(
+            TeacherSummary(
+                id=teacher,
+                family="kin" if teacher == "b" else "other",
+                size_b=None,
+                mean_quality=float(column),
+                mean_learnability=learnability,
+                mean_reward=0.5,
+                mean_n_tokens=1000.0 if teacher == "a" else None,
+            )
+            for column, teacher in enumerate(TEACHERS)
+        ),
+        alpha=0.4,
+        normalization="minmax",
+        backbone=BackboneFacts("none", "0", "mean", 64, 4),
+        training=TrainingFacts("0", 1, ()),
+        heads={},
+        head_sha256="0",
+    )
+
+
+class ScriptedBatcher:
+    """Gives each text the strengths that the test set for it; raises in place of poison."""
+
+    running = True
+
+    def __init__(self) -> None:
+        self.strengths: dict[str, Sequence[float]] = {}
+        self.texts: list[str] = []
+        self.gate: asyncio.Event | None = None
+
+    async def submit(self, texts: Sequence[str]) -> list[ScoredPrompt | Exception]:
+        self.texts += texts
+        if self.gate is not None:
+            await self.gate.wait()
+        return [self._scored(text) for text in texts]
+
+    def _scored(self, text: str) -> ScoredPrompt | Exception:
+        if text == "poison":
+            return RuntimeError("the model broke")
+        strengths_BM = np.array([self.strengths.get(text, (2.0, 1.0, 0.0))])
+        known_BM = np.zeros_like(strengths_BM)
+        output = RouterOutput(
+            strengths_BM, known_BM, known_BM, known_BM, np.array([len(text)]), np.array([False])
+        )
+        return ScoredPrompt(output, 0)
+
+
+class Decisions:
+    """A RoutingObserver that remembers."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[str, str, str]] = []
+
+    def prompt_routed(self, student: str, strategy: str, decision: RoutingDecision) -> None:
+        self.seen.append((student, strategy, decision.teacher))
+
+
+def service_of(
+    batcher: ScriptedBatcher,
+    *,
+    capacity: int = 100,
+    observer: Decisions | None = None,
+    facts: Manifest | None = None,
+    prices: dict[str, Price] | None = None,
+) -> RoutingService:
+    """A RoutingService with one student whose batcher is scripted."""
+    backbone: Any = SimpleNamespace(max_tokens=64)
+    double: Any = batcher
+    student = Student(StudentSpec("tiny", "unused"), facts or manifest(), backbone, double)
+    return RoutingService(
+        Students([student]),
+        prices=prices or {teacher: Price() for teacher in TEACHERS},
+        queue=Admission(capacity, unit="queued prompts", clock=asyncio.get_running_loop().time),
+        observer=observer or Decisions(),
+    )
+
+
+def request(*prompts: Any, **options: Any) -> RouteRequest:
+    """A request as it comes from JSON."""
+    return RouteRequest.model_validate({"prompts": list(prompts), **options})
+
+
+def decided(routed: Routed) -> list[RoutingDecision]:
+    """The decisions of a call in which no prompt failed."""
+    assert not [decision for decision in routed.decisions if isinstance(decision, Exception)]
+    return [decision for decision in routed.decisions if isinstance(decision, RoutingDecision)]
+
+
+def only(routed: Routed) -> RoutingDecision:
+    """The decision of a call with one prompt."""
+    (decision,) = decided(routed)
+    return decision
+
+
+async def test_decisions_come_in_input_order_with_the_facts_of_the_checkpoint() -> None:
+    """One decision per prompt, in order, each counted; checkpoint, student and alpha are the router's."""
+    batcher, observer = ScriptedBatcher(), Decisions()
+    batcher.strengths = {"x": (0, 1, 2), "y": (0, 3, 2)}
+    routed = await service_of(batcher, observer=observer).route(request("x", "y", "z"))
+    assert (routed.checkpoint_id, routed.student, routed.alpha) == ("c0ffee", "tiny", 0.4)
+    assert [decision.teacher for decision in decided(routed)] == ["c", "b", "a"]
+    assert observer.seen == [("tiny", "persyn", teacher) for teacher in "cba"]
+
+
+async def test_ids_come_from_the_content() -> None:
+    """A prompt without id gets the same id in any call and form; other content gets another."""
+    service = service_of(ScriptedBatcher())
+    chat = {"messages": [{"role": "user", "content": "x"}]}
+    first = await service.route(request("x", chat, "y", {"id": "mine", "prompt": "x"}))
+    ids = [prompt.id for prompt in first.prompts]
+    assert ids[0] == ids[1] != ids[2]
+    assert len(ids[0]) == 16
+    assert ids[3] == "mine"
+    again = await service.route(request("y", "x"))
+    assert [prompt.id for prompt in again.prompts] == [ids[2], ids[0]]
+
+
+async def test_the_router_reads_the_one_rendering() -> None:
+    """A lone user turn is its text; several turns are rendered with their roles."""
+    batcher = ScriptedBatcher()
+    turns = [{"role": "system", "content": "be kind"}, {"role": "user", "content": "hello"}]
+    await service_of(batcher).route(request("x", {"messages": turns}))
+    assert batcher.texts == ["x", "system: be kind\nuser: hello"]
+
+
+@pytest.mark.parametrize(
+    ("body", "loc"),
+    [
+        (request("x", " \n\t"), ["body", "prompts", 1]),
+        (
+            request({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}),
+            ["body", "prompts", 0],
+        ),
+        (request({"id": "i", "prompt": "x"}, {"id": "i", "prompt": "y"}), ["body", "prompts", 1]),
+        (request("x", teachers=["a", "d"]), ["body", "teachers", 1]),
+        (request("x", exclude=["d"]), ["body", "exclude", 0]),
+        (request("x", teachers=["a"], exclude=["a"]), ["body", "exclude"]),
+        (request("x", cost_weight=float("inf")), ["body", "cost_weight"]),
+    ],
+)
+async def test_what_cannot_be_served_is_named(body: RouteRequest, loc: list[str | int]) -> None:
+    """Each request that cannot be decided is refused with the place of what is wrong."""
+    with pytest.raises(InvalidRequestError) as refusal:
+        await service_of(ScriptedBatcher()).route(body)
+    assert [error["loc"] for error in refusal.value.errors] == [loc]
+
+
+async def test_a_strategy_without_its_data_is_the_callers_to_change() -> None:
+    """CAR without learnability, and an alpha of another router, are refused by name."""
+    service = service_of(ScriptedBatcher(), facts=manifest(learnability=None))
+    with pytest.raises(StrategyError, match="learnability"):
+        await service.route(request("x", strategy="car"))
+    with pytest.raises(StrategyError, match="alpha"):
+        await service.route(request("x", alpha=0.5))
+
+
+async def test_the_checkpoints_own_alpha_may_be_named() -> None:
+    """Naming the alpha that the router was trained at changes nothing."""
+    routed = await service_of(ScriptedBatcher()).route(request("x", alpha=0.4))
+    assert routed.alpha == 0.4
+
+
+async def test_unknown_students_are_named_with_the_nearest() -> None:
+    """An unknown student is an error that offers the nearest one."""
+    with pytest.raises(UnknownStudentError, match="did you mean 'tiny'"):
+        await service_of(ScriptedBatcher()).route(request("x", student="tinny"))
+
+
+async def test_top_k_keeps_the_strongest_allowed_of_each_prompt() -> None:
+    """The k strongest are chosen per prompt and among the allowed; the distribution is over them alone."""
+    batcher = ScriptedBatcher()
+    batcher.strengths = {"x": (5, 1, 3), "y": (0, 4, 2)}
+    routed = await service_of(batcher).route(request("x", "y", top_k=2))
+    assert [set(decision.distribution) for decision in decided(routed)] == [{"a", "c"}, {"b", "c"}]
+    for decision in decided(routed):
+        assert sum(decision.distribution.values()) == pytest.approx(1.0)
+    routed = await service_of(batcher).route(request("x", top_k=1, exclude=["a"]))
+    assert only(routed).distribution == {"c": 1.0}
+
+
+async def test_cost_counts_as_much_as_it_is_weighed() -> None:
+    """A dear teacher loses the prompt once its expected cost outweighs its lead, and not before."""
+    prices = {"a": Price(0.0, 1000.0), "b": Price(), "c": Price()}
+    service = service_of(ScriptedBatcher(), prices=prices)
+    # 1000 tokens at 1000 dollars per million: one dollar an answer; the lead of a over b is 1.0.
+    for weight, teacher in ((0.0, "a"), (0.99, "a"), (1.01, "b")):
+        assert only(await service.route(request("x", cost_weight=weight))).teacher == teacher
+
+
+async def test_a_prompt_that_breaks_the_model_stands_alone() -> None:
+    """Its error takes its place; the other prompts are decided."""
+    routed = await service_of(ScriptedBatcher()).route(request("x", "poison", "y"))
+    assert [type(decision) for decision in routed.decisions] == [
+        RoutingDecision,
+        RuntimeError,
+        RoutingDecision,
+    ]
+
+
+async def test_the_deadline_and_the_queue_bound() -> None:
+    """A caller whose deadline passes is told so and its permits come back; above the bound it is refused."""
+    batcher = ScriptedBatcher()
+    batcher.gate = asyncio.Event()
+    service = service_of(batcher, capacity=2)
+    now_s = asyncio.get_running_loop().time()
+    with pytest.raises(DeadlineExceededError):
+        await service.route(request("x", "y"), deadline_s=now_s)
+    async with asyncio.TaskGroup() as group:
+        waiting = group.create_task(service.route(request("x")))
+        await asyncio.sleep(0)
+        with pytest.raises(OverloadedError):
+            await service.route(request("x", "y"))
+        batcher.gate.set()
+    assert only(waiting.result()).teacher == "a"
