@@ -46,7 +46,7 @@ def _methods(report: Mapping[str, Any]) -> Figure:
             text += f"   gap closed {gap['value']:.0%} [{gap['ci95'][0]:.0%}, {gap['ci95'][1]:.0%}]"
         axes.annotate(text, (facts["mean_reward"], row), (6, 0), textcoords="offset points", va="center")
     # Room for the text; z-scored rewards may be negative.
-    axes.set_xlim(min(0.0, *rewards), max(0.0, *rewards) + 0.6 * (max(0.0, *rewards) - min(0.0, *rewards)))
+    axes.set_xlim(min(0.0, *rewards), max(0.0, *rewards) + 0.75 * (max(0.0, *rewards) - min(0.0, *rewards)))
     axes.grid(axis="x", color=_GRID)
     axes.set_xlabel("mean reward (normalised within the prompt)")
     axes.set_title(f"{report['n_prompts']} held-out prompts: {report['verdict']}", loc="left")

@@ -61,10 +61,10 @@ def show_everything(folder: Path, services: LocalServices, started_s: float) -> 
         heading("3  /synthesize answers one of them")
         item = client.synthesize(PROMPTS_TO_ROUTE[0]).items[0]
         say(item.model_dump_json(indent=2, include={"status", "teacher", "messages", "error"}))
-    heading("4  ten new prompts become a data set: persyn synthesize")
+    heading("4  new prompts become a data set, each answered by its teacher: persyn synthesize")
     prompts = str(HERE / "new_prompts.jsonl")
     persyn("synthesize", "-c", config, "--prompts", prompts, "--out", str(folder / "dataset"), may_miss=True)
-    for row in pq.read_table(folder / "dataset" / DATA_FILE).to_pylist():
+    for row in pq.read_table(folder / "dataset" / DATA_FILE).to_pylist()[:10]:
         say(f"  [{row['teacher']}] {one_line(row['prompt'][-1]['content'], 60)}")
         say(f"      -> {one_line(row['completion'][0]['content'], 90)}")
     heading("5  where the files are")
