@@ -24,7 +24,13 @@ class Breaker:
         self._pause_s = pause_s
         self._n_failures = 0
         self._opened_s: float | None = None
+        self._down_since_s: float | None = None
         self._probing = False
+
+    @property
+    def down_s(self) -> float:
+        """Seconds since the breaker first opened without having closed again."""
+        return 0.0 if self._down_since_s is None else self._clock() - self._down_since_s
 
     @property
     def state(self) -> BreakerState:
@@ -51,7 +57,7 @@ class Breaker:
     def succeeded(self) -> None:
         """Record an answer: the breaker closes."""
         self._n_failures = 0
-        self._opened_s = None
+        self._opened_s = self._down_since_s = None
         self._probing = False
 
     def failed(self) -> None:
@@ -59,6 +65,8 @@ class Breaker:
         self._n_failures += 1
         if self._probing or self._n_failures >= self._threshold:
             self._opened_s = self._clock()
+            if self._down_since_s is None:
+                self._down_since_s = self._opened_s
         self._probing = False
 
     def released(self) -> None:

@@ -42,6 +42,7 @@ Outcome = Answered | Failed
 
 _HEALTH_ERRORS = (TeacherUnavailableError, TeacherTimeoutError, TeacherProtocolError)
 _BYTES_PER_TOKEN = 4
+_PROBE_POLL_S = 0.25
 _DEFAULT_MAX_TOKENS = 512
 
 
@@ -65,11 +66,14 @@ class DispatchOptions:
     Args:
         sampling: OpenAI parameters that override the teachers' own.
         deadline_s: Absolute event-loop time after which no attempt starts and none goes on.
+        patience_s: How long a teacher may have been down before its prompts fail at once. Until then they
+            wait: a batch job should survive the restart of a teacher, an interactive caller should not wait.
     """
 
     sampling: Mapping[str, Any] = field(default_factory=dict)
     cache: CacheMode = "use"
     deadline_s: float | None = None
+    patience_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,23 +166,23 @@ class Dispatcher:
         cache = self._cache if options.cache != "off" else None
         if cache is None:
             self._note_cache("off")
-            return _Response(*await self._complete(endpoint, body, options.deadline_s), "off")
+            return _Response(*await self._complete(endpoint, body, options), "off")
         key = response_key(endpoint.spec, body)
         if options.cache == "use" and (entry := await self._cached(cache, key)):
             self._note_cache("hit")
             return _Response(entry.completion, entry.attempts, entry.latency_s, "hit")
         outcome: CacheOutcome = "miss" if options.cache == "use" else "refresh"
         self._note_cache(outcome)
-        completion, attempts, latency_s = await self._complete(endpoint, body, options.deadline_s)
+        completion, attempts, latency_s = await self._complete(endpoint, body, options)
         if may_store(completion):
             await self._store(cache, CachedResponse(key, completion, attempts, latency_s))
         return _Response(completion, attempts, latency_s, outcome)
 
     async def _complete(
-        self, endpoint: Endpoint, body: Mapping[str, Any], deadline_s: float | None
+        self, endpoint: Endpoint, body: Mapping[str, Any], options: DispatchOptions
     ) -> tuple[Completion, int, float]:
         """The completion, the attempts it took, and the seconds of the last attempt."""
-        now_s = asyncio.get_running_loop().time
+        now_s, deadline_s = asyncio.get_running_loop().time, options.deadline_s
         attempt = 0
         while True:
             attempt += 1
@@ -188,9 +192,12 @@ class Dispatcher:
                 error.attempts = attempt
                 delay_s = self._retry.delay_s(attempt, error)
                 late = deadline_s is not None and delay_s is not None and now_s() + delay_s >= deadline_s
-                # Against an open breaker waiting is pointless: it asks for more patience than a retry has.
-                if delay_s is None or late or endpoint.breaker.state == "open":
-                    raise
+                if _is_outage(endpoint, error) and endpoint.breaker.down_s < options.patience_s:
+                    # The teacher is down, not this prompt at fault: wait for it and begin again.
+                    attempt = 0
+                    delay_s = endpoint.breaker.retry_after_s or _PROBE_POLL_S
+                elif delay_s is None or late or endpoint.breaker.state == "open":
+                    raise  # against an open breaker a retry's wait is too short
             else:
                 return completion, attempt, latency_s
             await asyncio.sleep(delay_s)
@@ -314,6 +321,10 @@ def cost_usd(usage: Usage, price: Price) -> float:
     """US dollars for one call."""
     input_usd = usage.prompt_tokens * price.input_usd_per_mtok
     return (input_usd + usage.completion_tokens * price.output_usd_per_mtok) / 1e6
+
+
+def _is_outage(endpoint: Endpoint, error: TeacherError) -> bool:
+    return isinstance(error, _HEALTH_ERRORS) and endpoint.breaker.state != "closed"
 
 
 def _checked_body(

@@ -25,6 +25,7 @@ from clients.types import Project
 from service.admission import Admission
 from service.api import route, synthesize, system
 from service.api.dependencies import Services
+from service.api.docs import add_docs
 from service.api.problems import MEDIA_TYPE, problem_response
 from service.log import configure_logging
 from service.metrics import Metrics
@@ -95,12 +96,19 @@ def create_app(settings: Settings, project: Project) -> FastAPI:
         logger.info("service_stopped")
 
     app = Application(
-        title="PerSyn", version=version, description=_DESCRIPTION, lifespan=lifespan, redirect_slashes=False
+        title="PerSyn",
+        version=version,
+        description=_DESCRIPTION,
+        lifespan=lifespan,
+        redirect_slashes=False,
+        docs_url=None,
+        redoc_url=None,
     )
     app.state.metrics = metrics
     app.state.startup_error = None
     for group in (route, synthesize, system):
         app.include_router(group.handlers)
+    add_docs(app)
     for kind in (PersynError, RequestValidationError, HTTPException):
         app.add_exception_handler(kind, _answer_problem)
     keys = [key.get_secret_value() for key in settings.api_keys]

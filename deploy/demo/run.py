@@ -59,7 +59,7 @@ def show_everything(folder: Path, services: LocalServices, started_s: float) -> 
             ranked = sorted(decision.distribution.items(), key=lambda pair: -pair[1])
             say(*(f"  {line}" for line in bar_chart(ranked)))
         heading("3  /synthesize answers one of them")
-        item = client.synthesize(PROMPTS_TO_ROUTE[0]).items[0]
+        item = client.synthesize(PROMPTS_TO_ROUTE[1]).items[0]
         say(item.model_dump_json(indent=2, include={"status", "teacher", "messages", "error"}))
     heading("4  new prompts become a data set, each answered by its teacher: persyn synthesize")
     prompts = str(HERE / "new_prompts.jsonl")

@@ -11,11 +11,19 @@ from clients.canonical import content_hash
 from clients.dispatcher import Dispatcher, DispatchOptions, Outcome
 from clients.errors import PersynError
 from clients.registry import Registry
+from clients.retry import RetryPolicy
 from clients.teacher import request_body
 from clients.types import Answered, Assignment, TeacherSpec
 from router_model.errors import PipelineError
 from router_model.pipeline.artifacts import Journal, read_journal
 from router_model.pipeline.progress import Progress
+
+OUTAGE_PATIENCE_S = 30.0
+"""How long a teacher may be down before its prompts fail. They are asked again when the stage is resumed."""
+
+
+# More attempts than failures open the breaker: in an outage no prompt is given up before the teacher is.
+_RETRY = RetryPolicy(max_attempts=10)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,9 +121,9 @@ class _Generation:
         try:
             async with Registry(specs) as registry:
                 # No response cache: the journal is the store of this folder, and it has no expiry.
-                await Dispatcher(registry).run(
+                await Dispatcher(registry, retry=_RETRY).run(
                     self._assignments,
-                    DispatchOptions(cache="off"),
+                    DispatchOptions(cache="off", patience_s=OUTAGE_PATIENCE_S),
                     lambda index, outcome: self._take(journal, index, outcome),
                     should_stop=lambda: self._stopping,
                 )

@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 
+from clients.breaker import Breaker
 from clients.testing import FakeTeacher, Reply
 from clients.types import Assignment, Limits, Prompt, TeacherSpec
 from router_model.errors import PipelineError
+from router_model.pipeline import generation
 from router_model.pipeline.artifacts import read_journal
 from router_model.pipeline.generation import generate
 
@@ -50,6 +52,11 @@ def assignments(n_prompts: int) -> list[Assignment]:
 
 def asked(teacher: FakeTeacher) -> Counter[str]:
     return Counter(request["messages"][-1]["content"] for request in teacher.requests)
+
+
+def quick_breaker(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Probe every fifth of a second."""
+    monkeypatch.setitem(Breaker.__init__.__kwdefaults__, "pause_s", 0.2)
 
 
 def run(teacher: FakeTeacher, journal: Path, n_prompts: int = 20, **changes: Any) -> Any:
@@ -94,8 +101,12 @@ def test_failures_are_reported_and_asked_again(tmp_path: Path) -> None:
     assert len(list(read_journal(tmp_path / "j"))) == 20
 
 
-def test_a_dead_teacher_is_given_up_and_costs_no_other(tmp_path: Path) -> None:
-    """A teacher that is down fails its own cells fast; the answers of the others are all there."""
+def test_a_dead_teacher_is_given_up_and_costs_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A teacher that stays down fails its own cells; the answers of the others are all there."""
+    quick_breaker(monkeypatch)
+    monkeypatch.setattr(generation, "OUTAGE_PATIENCE_S", 0.5)
     with FakeTeacher() as alive:
         dead = TeacherSpec(id="dead", base_url="http://127.0.0.1:9/v1", model="m")
         both = [*assignments(30), *(Assignment(item.prompt, "dead") for item in assignments(30))]
@@ -105,6 +116,19 @@ def test_a_dead_teacher_is_given_up_and_costs_no_other(tmp_path: Path) -> None:
         assert result.n_generated == 30
         assert len(result.failures) == 30
         assert all(failure.teacher == "dead" and failure.retryable for failure in result.failures)
+
+
+def test_a_teacher_that_comes_back_loses_no_cell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts wait out an outage: after the breaker has opened, a probe finds the teacher up again."""
+    quick_breaker(monkeypatch)
+    outage = [Reply(status=503)] * 10
+
+    def flaky(_body: Mapping[str, Any], n_call: int) -> Reply:
+        return outage[n_call - 1] if n_call <= len(outage) else Reply()
+
+    with FakeTeacher(flaky) as teacher:
+        result = run(teacher, tmp_path / "j")
+    assert (result.n_generated, result.failures) == (20, [])
 
 
 def test_a_full_disk_keeps_every_answer_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
