@@ -236,7 +236,7 @@ class Dispatcher:
             completion = await self._timed_call(endpoint, body)
         except TeacherError as error:
             outcome = type(error).__name__
-            if isinstance(error, _HEALTH_ERRORS):
+            if _speaks_of_health(error):
                 endpoint.breaker.failed()
             raise
         else:
@@ -323,8 +323,13 @@ def cost_usd(usage: Usage, price: Price) -> float:
     return (input_usd + usage.completion_tokens * price.output_usd_per_mtok) / 1e6
 
 
+def _speaks_of_health(error: TeacherError) -> bool:
+    """Whether the failure is the teacher's, and not that of one request, which would fail again."""
+    return error.retryable and isinstance(error, _HEALTH_ERRORS)
+
+
 def _is_outage(endpoint: Endpoint, error: TeacherError) -> bool:
-    return isinstance(error, _HEALTH_ERRORS) and endpoint.breaker.state != "closed"
+    return _speaks_of_health(error) and endpoint.breaker.state != "closed"
 
 
 def _checked_body(

@@ -85,7 +85,11 @@ class TeacherRejectedError(TeacherError):
 
 
 class TeacherProtocolError(TeacherError):
-    """A 200 that is not a chat completion: HTML, an error body, empty choices, a cut answer."""
+    """A 200 without a usable answer.
+
+    Retryable if it is no chat completion (HTML, an error body, no choices, a cut body); not if it is one
+    that says nothing (an empty message): that was paid for and would come again.
+    """
 
 
 class UnknownTeacherError(ClientError):

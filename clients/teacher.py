@@ -26,6 +26,15 @@ from clients.types import ChatMessage, Completion, TeacherSpec, Usage
 MAX_RESPONSE_BYTES = 32 * 1024 * 1024
 _CONNECT_TIMEOUT_S = 10.0
 _MAX_DEPTH = 100
+_MAX_COUNT = 2**53
+# How some servers call what the OpenAI API calls stop and length.
+_OTHER_NAMES = {
+    "eos_token": "stop",
+    "eos": "stop",
+    "end_turn": "stop",
+    "stop_sequence": "stop",
+    "max_tokens": "length",
+}
 _FINISH_REASONS = frozenset({"stop", "length", "content_filter", "tool_calls", "function_call"})
 
 
@@ -189,14 +198,17 @@ class TeacherClient:
         content = message.get("content")
         if content is not None and not isinstance(content, str):
             raise self._protocol_error("sent a message whose content is not text")
-        if not (content or message.get("tool_calls")):
-            raise self._protocol_error("sent an empty message")
         reason = choice.get("finish_reason")
-        if not isinstance(reason, str) or reason not in _FINISH_REASONS:
+        if not isinstance(reason, str):
             raise self._protocol_error(f"sent finish_reason {reason!r}: a cut answer")
+        reason = _OTHER_NAMES.get(reason, reason)
+        if reason not in _FINISH_REASONS:
+            raise self._useless_answer(f"sent finish_reason {reason!r}, which means nothing here")
+        if not (content or message.get("tool_calls")):
+            raise self._useless_answer(f"sent an empty message (finish_reason {reason!r})")
         try:
             whole: dict[str, Any] = _valid_unicode(
-                {**choice, "message": {**message, "content": content or ""}}
+                {**choice, "finish_reason": reason, "message": {**message, "content": content or ""}}
             )
         except _TooDeepError:
             raise self._protocol_error(f"sent JSON nested deeper than {_MAX_DEPTH} levels") from None
@@ -208,6 +220,10 @@ class TeacherClient:
         if self.spec.api_key:
             text = text.replace(self.spec.api_key, "[key]")
         return repr(text if len(text) <= n_chars else text[:n_chars] + "…")
+
+    def _useless_answer(self, what: str) -> TeacherProtocolError:
+        """An answer that was made and paid for, but says nothing: about this prompt, not the teacher."""
+        return TeacherProtocolError(f"teacher {self.spec.id!r} {what}", teacher_id=self.spec.id)
 
     def _protocol_error(self, what: str) -> TeacherProtocolError:
         # Retryable: behind a load balancer the next replica often answers well.
@@ -239,7 +255,7 @@ def _usage(usage: Any) -> Usage:
 
 def _count(value: Any) -> int:
     """A token count; 0 where the teacher sent none or nonsense: its answer is still good."""
-    return max(0, int(value)) if isinstance(value, int | float) else 0
+    return min(max(0, int(value)), _MAX_COUNT) if isinstance(value, int | float) else 0
 
 
 def _finite(number: str) -> float | None:

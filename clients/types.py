@@ -71,6 +71,8 @@ class StudentSpec:
     id: str
     checkpoint: str
     family: str | None = None
+    backbone: str | None = None
+    """Where the router's backbone lies, if not where it lay in training."""
 
 
 @dataclass(frozen=True, slots=True)

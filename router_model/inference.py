@@ -39,8 +39,19 @@ class Router:
         self.backbone = backbone
 
     @classmethod
-    def load(cls, folder: Path, backbone: Backbone | None = None, *, threads: int | None = None) -> Self:
+    def load(
+        cls,
+        folder: Path,
+        backbone: Backbone | None = None,
+        *,
+        moved_to: str | None = None,
+        threads: int | None = None,
+    ) -> Self:
         """Load a checkpoint, and the backbone that it names unless a loaded one is given.
+
+        Args:
+            moved_to: Where to look for a local backbone that is not where it was in training, such as in a
+                container.
 
         Raises:
             CheckpointError: The checkpoint is damaged, or the backbone is not the one it was trained with.
@@ -49,8 +60,10 @@ class Router:
         model, manifest = read_checkpoint(folder)
         facts = manifest.backbone
         if backbone is None:
+            is_gone = Path(facts.name).is_absolute() and not Path(facts.name).exists()
+            name = moved_to if moved_to is not None and is_gone else facts.name
             backbone = load_backbone(
-                facts.name, max_tokens=facts.max_tokens, pooling=facts.pooling, threads=threads
+                name, max_tokens=facts.max_tokens, pooling=facts.pooling, threads=threads
             )
         if (backbone.fingerprint, backbone.width) != (facts.fingerprint, facts.width):
             raise CheckpointError(

@@ -1,5 +1,7 @@
 """The three pictures of a report, as PNG files."""
 
+import contextlib
+import io
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -7,11 +9,17 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from router_model.errors import RouterError
+
 _ROUTER, _OTHER, _GRID = "#1b6ca8", "#9aa5b1", "#dde1e6"
 
 
 def write_plots(report: Mapping[str, Any], folder: Path) -> list[Path]:
-    """Draw ``methods.png``, ``shares.png`` and ``reliability.png`` into ``folder``."""
+    """Draw ``methods.png``, ``shares.png`` and ``reliability.png`` into ``folder``.
+
+    Raises:
+        RouterError: A file cannot be written; an older picture of that name stays whole.
+    """
     return [
         _save(_methods(report), folder / "methods.png"),
         _save(_shares(report), folder / "shares.png"),
@@ -21,7 +29,16 @@ def write_plots(report: Mapping[str, Any], folder: Path) -> list[Path]:
 
 def _save(figure: Figure, path: Path) -> Path:
     # No pyplot: nothing is shared with the caller's plots.
-    figure.savefig(path)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png")
+    draft = path.with_name(f".{path.name}.draft")
+    try:
+        draft.write_bytes(picture.getvalue())
+        draft.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            draft.unlink()
+        raise RouterError(f"{path}: cannot be written: {error.strerror}") from error
     return path
 
 

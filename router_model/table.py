@@ -125,9 +125,11 @@ def read_table(path: str | Path) -> ScoreTable:
 def _parquet_rows(file: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
     """Rows of a Parquet file, counted from 1. Only the columns that are used are read."""
     # Imported here: reading tables is offline work, and the serving image has no pyarrow.
-    arrow = importlib.import_module("pyarrow")
-    parquet = importlib.import_module("pyarrow.parquet")
-
+    try:
+        arrow = importlib.import_module("pyarrow")
+        parquet = importlib.import_module("pyarrow.parquet")
+    except ImportError as error:
+        raise TableError(file, "reading Parquet needs pyarrow: pip install 'persyn[train]'") from error
     try:
         names = set(parquet.read_schema(file).names)
         missing = [name for name in REQUIRED_COLUMNS if name not in names]
@@ -140,27 +142,40 @@ def _parquet_rows(file: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
             for row in batch.to_pylist():
                 line += 1
                 yield line, row
-    except arrow.ArrowException as error:
+    # Beside Arrow's own errors: pages that do not decompress, and text that is not UTF-8.
+    except (arrow.ArrowException, OSError, ValueError, OverflowError, LookupError) as error:
         raise TableError(file, f"not a readable Parquet file: {error}") from error
 
 
 def _jsonl_rows(file: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
     """Rows of a JSON lines file, numbered by line; blank lines are skipped."""
-    with file.open("rb") as stream:
-        for line, raw in enumerate(stream, start=1):
-            try:
-                text = raw.decode("utf-8-sig" if line == 1 else "utf-8").strip()
-                row = json.loads(text) if text else None
-            except (UnicodeDecodeError, json.JSONDecodeError) as error:
-                raise TableError(file, f"not valid JSON in UTF-8: {error}", line=line) from error
-            if not text:
-                continue
-            if not isinstance(row, dict):
-                raise TableError(file, f"expected a JSON object, got {type(row).__name__}", line=line)
-            missing = [name for name in REQUIRED_COLUMNS if name not in row]
-            if missing:
-                raise TableError(file, f"column {missing[0]!r} is missing", line=line)
-            yield line, row
+    try:
+        with file.open("rb") as stream:
+            for line, raw in enumerate(stream, start=1):
+                row = _json_row(file, line, raw)
+                if row is not None:
+                    yield line, row
+    except OSError as error:
+        raise TableError(file, f"cannot be read: {error.strerror}") from error
+
+
+def _json_row(file: Path, line: int, raw: bytes) -> Mapping[str, Any] | None:
+    """The row on a line, or None if the line is blank."""
+    try:
+        text = raw.decode("utf-8-sig" if line == 1 else "utf-8").strip()
+        row = json.loads(text) if text else None
+    except RecursionError as error:
+        raise TableError(file, "not valid JSON: it is nested too deeply", line=line) from error
+    except ValueError as error:
+        raise TableError(file, f"not valid JSON in UTF-8: {error}", line=line) from error
+    if not text:
+        return None
+    if not isinstance(row, dict):
+        raise TableError(file, f"expected a JSON object, got {type(row).__name__}", line=line)
+    missing = [name for name in REQUIRED_COLUMNS if name not in row]
+    if missing:
+        raise TableError(file, f"column {missing[0]!r} is missing", line=line)
+    return row
 
 
 @dataclass(slots=True)

@@ -13,6 +13,8 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from typer.core import TyperCommand, TyperGroup
+from typing_extensions import override
 
 from clients.errors import ConfigurationError, PersynError
 from clients.types import Strategy
@@ -22,9 +24,36 @@ if TYPE_CHECKING:
     from router_model.pipeline.check import Finding
     from router_model.pipeline.generation import GenerationResult
 
-EXIT_FAILED, EXIT_USAGE, EXIT_SOME_FAILED = 1, 2, 3
+EXIT_FAILED, EXIT_SOME_FAILED = 1, 3
+"""Beside 0 for done, and 2 for wrong usage, which typer sets."""
+
+
+class Commands(TyperGroup):
+    """The commands. Ctrl-C in any of them is told as a stop that can be resumed."""
+
+    @override
+    def invoke(self, ctx: Any) -> Any:
+        """See ``TyperGroup.invoke``. Caught here because typer would make exit code 130 of it."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            _stopped()
+
+
+class ServeCommand(TyperCommand):
+    """``persyn serve``, whose help lists the settings. They are imported only when that is asked for."""
+
+    @override
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """See ``TyperCommand.format_help``."""
+        from service.server import settings_table
+
+        super().format_help(ctx, formatter)
+        Console().print(settings_table())
+
 
 app = typer.Typer(
+    cls=Commands,
     name="persyn",
     help="Route each prompt to the teacher whose answer is good and learnable for your student.",
     no_args_is_help=True,
@@ -38,26 +67,24 @@ ConfigOption = Annotated[Path, typer.Option("-c", "--config", help="The project 
 RunOption = Annotated[Path, typer.Option("--run", help="Folder of the run.")]
 PromptsOption = Annotated[Path, typer.Option("--prompts", help="JSONL, Parquet or OpenAI batch input.")]
 StudentOption = Annotated[str | None, typer.Option("--student", help="Student id; the first if absent.")]
-SeedOption = Annotated[int, typer.Option("--seed")]
+SeedOption = Annotated[int, typer.Option("--seed", min=0, max=2**63 - 1)]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 DEFAULT_CONFIG = Path("persyn.yaml")
 
 
 def main() -> None:
-    """Run the command line; every error that PerSyn can name becomes one message and exit code 1."""
+    """Run the command line; an error of PerSyn or of the machine becomes one message and exit code 1."""
     logging.basicConfig(level=logging.ERROR, format="%(name)s: %(message)s")
     try:
         app()
-    except PersynError as error:
+    except (PersynError, OSError) as error:
+        # OSError: a full disk, a path that may not be read. Told in one line, as it is no bug.
+        detail = _reason(error)
         if "--json" in sys.argv:
-            print(json.dumps({"error": type(error).__name__, "detail": error.message}))
-        Console(stderr=True).print(
-            f"[red]error:[/red] {escape(error.message)}", highlight=False, soft_wrap=True
-        )
+            print(json.dumps({"error": type(error).__name__, "detail": detail}))
+        Console(stderr=True).print(f"[red]error:[/red] {escape(detail)}", highlight=False, soft_wrap=True)
         sys.exit(EXIT_FAILED)
-    except KeyboardInterrupt:
-        _stopped()
 
 
 @app.command()
@@ -65,7 +92,7 @@ def init(
     folder: Annotated[Path, typer.Argument(help="Where to write the example.")] = Path(),
     as_json: JsonOption = False,
 ) -> None:
-    """Write an example project: persyn.yaml, its schema, and two prompts."""
+    """Write an example project: persyn.yaml, its schema, and three prompts."""
     from router_model.pipeline.artifacts import write_atomically, write_jsonl
     from router_model.pipeline.config import EXAMPLE_PROMPTS, SCHEMA_FILE, example_project, schema_text
 
@@ -76,30 +103,33 @@ def init(
     write_atomically(project_file, example_project().encode())
     write_atomically(folder / SCHEMA_FILE, schema_text().encode())
     write_jsonl(prompts_file, EXAMPLE_PROMPTS)
-    _show(
-        {"files": [str(project_file), str(folder / SCHEMA_FILE), str(prompts_file)]},
-        as_json,
-        [
-            f"wrote {project_file}, {SCHEMA_FILE} and {prompts_file.name}",
-            f"next: persyn check -c {project_file}",
-        ],
-    )
+    lines = [f"wrote {project_file}, {SCHEMA_FILE} and {prompts_file.name}"]
+    lines.append(f"next: persyn check -c {project_file}")
+    _show({"files": [str(project_file), str(folder / SCHEMA_FILE), str(prompts_file)]}, as_json, lines)
 
 
 @app.command()
-def schema() -> None:
-    """Print the JSON Schema of persyn.yaml."""
+def schema(_as_json: JsonOption = False) -> None:
+    """Print the JSON Schema of persyn.yaml. It is JSON with and without --json."""
     from router_model.pipeline.config import schema_text
 
     print(schema_text(), end="")
 
 
 @app.command()
-def check(config: ConfigOption = DEFAULT_CONFIG, as_json: JsonOption = False) -> None:
+def check(
+    config: ConfigOption = DEFAULT_CONFIG,
+    scores: Annotated[
+        Path | None, typer.Option("--scores", help="A score table to validate as well, .parquet or .jsonl.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
     """Validate the project; probe teachers, cache, models and checkpoints. Exit 1 if something would fail."""
-    from router_model.pipeline.check import check_project
+    from router_model.pipeline.check import check_project, check_scores
 
     findings = [*check_project(config), _check_cache(config)]
+    if scores is not None:
+        findings.append(check_scores(scores))
     table = Table("", "what", "finding", box=None)
     marks = {"ok": "[green]ok[/green]", "warning": "[yellow]warn[/yellow]", "failed": "[red]FAIL[/red]"}
     for finding in findings:
@@ -125,7 +155,8 @@ def collect(
     from router_model.pipeline.collect import collect as collect_stage
     from router_model.pipeline.config import load_project
 
-    result = collect_stage(load_project(config), run, progress=progress_for(), prompts_path=prompts)
+    with progress_for() as progress:
+        result = collect_stage(load_project(config), run, progress=progress, prompts_path=prompts)
     _finish_generation(result, run, as_json)
 
 
@@ -134,18 +165,14 @@ def score(
     run: RunOption,
     config: ConfigOption = DEFAULT_CONFIG,
     student: StudentOption = None,
-    prompts: Annotated[
-        Path | None, typer.Option("--prompts", help="In place of calibration.prompts.")
-    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Judge quality and learnability of the collected answers: RUN/scores.parquet. Resumable."""
     from router_model.pipeline.config import load_project
     from router_model.pipeline.score import score as score_stage
 
-    result = score_stage(
-        load_project(config), run, progress=progress_for(), student_id=student, prompts_path=prompts
-    )
+    with progress_for() as progress:
+        result = score_stage(load_project(config), run, progress=progress, student_id=student)
     _show(
         {
             "scores": str(result.path),
@@ -189,7 +216,8 @@ def train(
         seed=seed,
         max_tokens=max_tokens,
     )
-    result = train_router(scores, out, settings, progress=progress_for())
+    with progress_for() as progress:
+        result = train_router(scores, out, settings, progress=progress)
     _show(
         result.as_json(),
         as_json,
@@ -211,7 +239,8 @@ def evaluate(
     from router_model.pipeline.evaluate import evaluate_router
     from router_model.report import summary_lines
 
-    report = evaluate_router(checkpoint, scores, out, progress=progress_for())
+    with progress_for() as progress:
+        report = evaluate_router(checkpoint, scores, out, progress=progress)
     _show(report, as_json, [*summary_lines(report), f"report: {out / 'report.md'}"])
 
 
@@ -229,7 +258,8 @@ def run_command(
     from router_model.pipeline.run import run_pipeline
     from router_model.report import summary_lines
 
-    result = run_pipeline(load_project(config), progress=progress_for(), student_id=student, run_folder=run)
+    with progress_for() as progress:
+        result = run_pipeline(load_project(config), progress=progress, student_id=student, run_folder=run)
     if result.interrupted:
         _stopped()
     _show(
@@ -256,7 +286,9 @@ def synthesize(
     ] = None,
     student: StudentOption = None,
     strategy: Annotated[Strategy, typer.Option("--strategy")] = "persyn",
-    temperature: Annotated[float, typer.Option("--temperature", min=0.0, help="0 takes the best.")] = 0.0,
+    temperature: Annotated[
+        float, typer.Option("--temperature", min=0.0, max=100.0, help="0 takes the best.")
+    ] = 0.0,
     seed: SeedOption = 0,
     as_json: JsonOption = False,
 ) -> None:
@@ -267,15 +299,16 @@ def synthesize(
     settings = SynthesisSettings(
         strategy=strategy, temperature=temperature, seed=seed, command=_command_line()
     )
-    result = synthesize_dataset(
-        load_project(config),
-        prompts,
-        out,
-        settings,
-        progress=progress_for(),
-        student_id=student,
-        checkpoint=checkpoint,
-    )
+    with progress_for() as progress:
+        result = synthesize_dataset(
+            load_project(config),
+            prompts,
+            out,
+            settings,
+            progress=progress,
+            student_id=student,
+            checkpoint=checkpoint,
+        )
     if result.interrupted:
         _stopped()
     _show(
@@ -288,18 +321,23 @@ def synthesize(
         ],
     )
     if result.summary.n_failures:
-        raise typer.Exit(EXIT_SOME_FAILED)
+        raise typer.Exit(EXIT_SOME_FAILED if result.summary.n_rows else EXIT_FAILED)
 
 
-@app.command()
+@app.command(cls=ServeCommand)
 def serve(
     config: ConfigOption = DEFAULT_CONFIG,
-    host: Annotated[str | None, typer.Option("--host", help="[env PERSYN_HOST]")] = None,
-    port: Annotated[int | None, typer.Option("--port", min=0, max=65535, help="[env PERSYN_PORT]")] = None,
+    host: Annotated[str | None, typer.Option("--host", help="In place of PERSYN_HOST.")] = None,
+    port: Annotated[
+        int | None, typer.Option("--port", min=0, max=65535, help="In place of PERSYN_PORT.")
+    ] = None,
+    _as_json: Annotated[
+        bool, typer.Option("--json", help="Print an error as JSON; logs stay as PERSYN_LOG_FORMAT says.")
+    ] = False,
 ) -> None:
-    """Serve /route and /synthesize over HTTP.
+    """Serve /route and /synthesize over HTTP, until Ctrl-C or SIGTERM.
 
-    Every other setting of the process is an environment variable PERSYN_*; docs/operations.md lists them.
+    Every other setting of the process is an environment variable PERSYN_*, listed below.
     """
     from router_model.pipeline.config import load_project
     from service.server import serve_project
@@ -320,11 +358,12 @@ def route(
     """Show which teacher suits a prompt, as a bar chart. No teacher is asked."""
     from router_model.inference import Router
     from router_model.pipeline.config import load_project
+    from router_model.pipeline.decisions import decide_all
     from router_model.pipeline.prompts import prompt_from_text
-    from router_model.pipeline.synthesize import SynthesisSettings, decide_all
+    from router_model.strategies import RouteOptions
 
     router = Router.load(Path(load_project(config).student(student).checkpoint))
-    decision = decide_all(router, [prompt_from_text(prompt)], SynthesisSettings())[0]
+    decision = decide_all(router, [prompt_from_text(prompt)], RouteOptions())[0]
     shares = sorted(decision.distribution.items(), key=lambda pair: -pair[1])
     result = {"teacher": decision.teacher, "distribution": dict(shares), "uncertain": decision.uncertain}
     _show(result, as_json, bar_chart(shares))
@@ -339,27 +378,17 @@ def bar_chart(shares: Sequence[tuple[str, float]], width: int = 40) -> list[str]
 
 
 def _check_cache(config: Path) -> "Finding":
-    """Whether the response cache that ``persyn serve`` would use answers."""
+    """Whether the response cache that ``persyn serve`` would use answers, and its settings are valid."""
     from router_model.pipeline.check import Finding
     from router_model.pipeline.config import load_project
-    from service.app import open_cache
+    from service.server import ping_cache
     from service.settings import load_settings
 
-    settings = load_settings(known=load_project(config).key_variables())
-    cache = open_cache(settings)
-    subject = "cache" if settings.redis_url is None else "Redis cache"
-
-    async def ping() -> None:
-        try:
-            await cache.ping()
-        finally:
-            await cache.aclose()
-
     try:
-        asyncio.run(ping())
-    except PersynError as error:
-        return Finding("failed", subject, error.message)
-    return Finding("ok", subject, str(settings.cache_path) if settings.redis_url is None else "answers")
+        settings = load_settings(known=load_project(config).key_variables())
+        return Finding("ok", "response cache", asyncio.run(ping_cache(settings)))
+    except (PersynError, OSError) as error:
+        return Finding("failed", "response cache", _reason(error))
 
 
 def _finish_generation(result: "GenerationResult", run: Path, as_json: bool) -> None:
@@ -376,9 +405,8 @@ def _finish_generation(result: "GenerationResult", run: Path, as_json: bool) -> 
     ]
     reasons = sorted({failure.reason for failure in result.failures})
     lines += [f"  {reason}" for reason in reasons[:5]]
-    lines += (
-        [f"  and {len(reasons) - 5} more reasons in {run / 'failures.jsonl'}"] if len(reasons) > 5 else []
-    )
+    if len(reasons) > 5:
+        lines.append(f"  and {len(reasons) - 5} more reasons in {run / 'failures.jsonl'}")
     _show(facts, as_json, lines)
     if result.interrupted:
         _stopped()
@@ -392,6 +420,13 @@ def _show(result: Mapping[str, Any], as_json: bool, lines: Sequence[str]) -> Non
         return
     for line in lines:
         print(line)
+
+
+def _reason(error: PersynError | OSError) -> str:
+    if isinstance(error, PersynError):
+        return error.message
+    reason = " ".join((error.strerror or str(error) or type(error).__name__).split())
+    return f"{error.filename}: {reason}" if error.filename is not None else reason
 
 
 def _stopped() -> NoReturn:

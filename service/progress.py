@@ -3,6 +3,8 @@
 import json
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TextIO
 
 from rich.console import Console
@@ -114,6 +116,17 @@ class JsonProgress:
         self._stream.flush()
 
 
-def progress_for(stream: TextIO | None = None) -> BarProgress | JsonProgress:
-    """A bar where a person looks, JSON lines elsewhere."""
-    return BarProgress() if (stream or sys.stderr).isatty() else JsonProgress(stream)
+@contextmanager
+def progress_for(stream: TextIO | None = None) -> Iterator[BarProgress | JsonProgress]:
+    """A bar where a person looks, JSON lines elsewhere.
+
+    When the block ends, by an error too, the bar is closed: a live one hides the cursor.
+    """
+    if not (stream or sys.stderr).isatty():
+        yield JsonProgress(stream)
+        return
+    bar = BarProgress()
+    try:
+        yield bar
+    finally:
+        bar.finish()

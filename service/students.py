@@ -151,7 +151,7 @@ def _load_router(spec: StudentSpec, backbones: dict[BackboneKey, Backbone], thre
     _, manifest = read_checkpoint(folder)
     wanted = manifest.backbone
     key = (wanted.fingerprint, wanted.pooling, wanted.max_tokens)
-    router = Router.load(folder, backbones.get(key), threads=threads)
+    router = Router.load(folder, backbones.get(key), moved_to=spec.backbone, threads=threads)
     backbones[key] = router.backbone
     return router
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Self
 
@@ -41,9 +42,12 @@ class LocalServices:
                 process.wait()
 
     def start_teachers(self) -> None:
-        """Serve the two models; sets ``teacher_urls``, model → base URL."""
-        command = [sys.executable, str(HERE / "teachers.py"), "--parent-pid", str(os.getpid())]
-        process = self._start(command, "teachers.log", stdout=subprocess.PIPE)
+        """Serve the two models on free ports; sets ``teacher_urls``, model → base URL."""
+        ports = ",".join(str(port) for port in free_ports(2))
+        command = [sys.executable, str(HERE / "teachers.py"), "--ports", ports]
+        command += ["--parent-pid", str(os.getpid())]
+        # A process group of their own: Ctrl-C must not take them from a service that still drains.
+        process = self._start(command, "teachers.log", stdout=subprocess.PIPE, process_group=0)
         line = process.stdout.readline() if process.stdout else ""
         if not line:
             raise SystemExit(
@@ -75,9 +79,16 @@ class LocalServices:
 
 def free_port() -> int:
     """A port that is free now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    return free_ports(1)[0]
+
+
+def free_ports(n_ports: int) -> list[int]:
+    """Different ports that are free now."""
+    with ExitStack() as stack:
+        probes = [stack.enter_context(socket.socket()) for _ in range(n_ports)]
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [int(probe.getsockname()[1]) for probe in probes]
 
 
 def project_text(teacher_urls: Mapping[str, str]) -> str:

@@ -4,6 +4,7 @@ import argparse
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from local import LocalServices, project_text
@@ -17,16 +18,29 @@ def main() -> int:
     if not (folder / "checkpoint").is_dir():
         print(f"{folder}: holds no router yet; run `make demo` first", file=sys.stderr)
         return 1
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, lambda *_: sys.exit(0))
     config = folder / "persyn.yaml"
     with LocalServices(folder) as services:
         services.start_teachers()
         config.write_text(project_text(services.teacher_urls))
         command = [sys.executable, "-m", "service.cli", "serve", "-c", str(config)]
-        try:
-            return subprocess.run(command, check=False).returncode
-        except KeyboardInterrupt:
-            return 0  # Ctrl-C reached the service too, which has drained
+        return run_until_drained(command)
+
+
+def run_until_drained(command: Sequence[str]) -> int:
+    """Run the service and hand on to it what should stop it; returns its exit code once it has ended."""
+    # A process group of its own: Ctrl-C reaches it once, through here. A second SIGINT would cut the drain.
+    service = subprocess.Popen(command, process_group=0)
+    try:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda number, _: service.send_signal(number))
+        signal.signal(signal.SIGHUP, lambda *_: service.terminate())
+        return service.wait()
+    finally:
+        if service.poll() is None:
+            service.terminate()
+            service.wait()
 
 
 if __name__ == "__main__":

@@ -194,6 +194,19 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def model_identity(name: str) -> str:
+    """A model as far as results depend on it: a hub id, or the path, sizes and times of local files.
+
+    Times rather than contents: a model of many gigabytes is named at every start of a stage.
+    """
+    path = Path(name)
+    if not path.exists():
+        return name
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    facts = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return f"{name} {content_hash(facts)}"
+
+
 def stage_is_done(folder: Path, stage: str, inputs: Mapping[str, Any], outputs: Sequence[Path]) -> bool:
     """Whether a stage has run to its end on these very inputs and its outputs are still there."""
     manifest = folder / f"{stage}.manifest.json"

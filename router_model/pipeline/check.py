@@ -1,18 +1,21 @@
 """What ``persyn check`` looks at: everything in the project file that a later stage would fail on."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from transformers import AutoConfig
 
 from clients.errors import PersynError, TeacherError
 from clients.registry import Endpoint, Registry
-from router_model.checkpoint import read_checkpoint
+from clients.types import Prompt
+from router_model.checkpoint import Manifest, read_checkpoint
 from router_model.pipeline.collect import calibration_prompts, quality_scorer
 from router_model.pipeline.config import ProjectFile, StudentSection, load_project
+from router_model.pipeline.score import split_of
+from router_model.table import read_table
 
 State = Literal["ok", "warning", "failed"]
 
@@ -40,7 +43,9 @@ def check_project(path: Path) -> list[Finding]:
     findings = [
         Finding("ok", str(path), f"{len(project.teachers)} teachers, {len(project.students)} students")
     ]
-    findings.append(_attempt("calibration prompts", lambda: _check_prompts(project)))
+    if len(project.teachers) < 2:
+        findings.append(Finding("failed", "teachers", "a router needs at least two teachers"))
+    findings += _check_prompts(project)
     findings += [_check_model(f"student {section.id}", section.model) for section in project.students]
     findings.append(_check_model("router backbone", project.router.backbone))
     if project.quality.model is not None:
@@ -50,6 +55,16 @@ def check_project(path: Path) -> list[Finding]:
     return findings
 
 
+def check_scores(path: Path) -> Finding:
+    """Whether a score table can be read whole."""
+
+    def read() -> str:
+        table = read_table(path)
+        return f"{table.n_prompts} prompts x {table.n_teachers} teachers"
+
+    return _attempt(f"scores {path}", read)
+
+
 def _attempt(subject: str, work: Callable[[], str]) -> Finding:
     try:
         return Finding("ok", subject, work())
@@ -57,12 +72,28 @@ def _attempt(subject: str, work: Callable[[], str]) -> Finding:
         return Finding("failed", subject, error.message)
 
 
-def _check_prompts(project: ProjectFile) -> str:
-    prompts = calibration_prompts(project)
-    scorer = quality_scorer(project.quality)
-    for prompt in prompts:
-        scorer.check(prompt)
-    return f"{len(prompts)} in {project.calibration.prompts}, each with what {project.quality.kind} needs"
+def _check_prompts(project: ProjectFile) -> list[Finding]:
+    subject = "calibration prompts"
+    try:
+        prompts = calibration_prompts(project)
+        scorer = quality_scorer(project.quality)
+        for prompt in prompts:
+            scorer.check(prompt)
+    except PersynError as error:
+        return [Finding("failed", subject, error.message)]
+    detail = f"{len(prompts)} in {project.calibration.prompts}, each with what {project.quality.kind} needs"
+    return [Finding("ok", subject, detail), _check_split(project, prompts)]
+
+
+def _check_split(project: ProjectFile, prompts: Sequence[Prompt]) -> Finding:
+    n_test = sum(split_of(project, prompt) == "test" for prompt in prompts)
+    n_train = len(prompts) - n_test
+    detail = f"{n_train} to train on, {n_test} to test on"
+    if n_train and n_test:
+        return Finding("ok", "split", detail)
+    return Finding(
+        "failed", "split", f"{detail}; set calibration.test_fraction or the rows' `split`, or add prompts"
+    )
 
 
 def _check_model(subject: str, name: str) -> Finding:
@@ -74,7 +105,8 @@ def _check_model(subject: str, name: str) -> Finding:
         # Reads the configuration alone: from the folder, the local hub cache, or the hub.
         AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        return Finding("failed", subject, f"{name}: {str(error).splitlines()[0]}")
+        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        return Finding("failed", subject, f"{name}: {reason}")
     return Finding("ok", subject, name)
 
 
@@ -109,16 +141,24 @@ def _check_checkpoint(project: ProjectFile, section: StudentSection) -> Finding:
     if not folder.exists():
         return Finding("warning", subject, f"{folder}: not trained yet; `persyn run` makes it")
 
-    def verify() -> str:
+    try:
         _, manifest = read_checkpoint(folder)
-        return f"{manifest.checkpoint_id[:12]}, {len(manifest.teachers)} teachers"
+    except PersynError as error:
+        return Finding("failed", subject, error.message)
+    fault = _checkpoint_fault(project, manifest)
+    if fault is not None:
+        return Finding("failed", subject, fault)
+    return Finding("ok", subject, f"{manifest.checkpoint_id[:12]}, {len(manifest.teachers)} teachers")
 
-    finding = _attempt(subject, verify)
-    if finding.state == "ok":
-        _, manifest = read_checkpoint(folder)
-        known: set[Any] = {teacher.id for teacher in project.teachers}
-        unknown = [teacher.id for teacher in manifest.teachers if teacher.id not in known]
-        if unknown:
-            detail = f"chooses teachers that are not in the project: {', '.join(unknown)}"
-            return Finding("failed", subject, detail)
-    return finding
+
+def _checkpoint_fault(project: ProjectFile, manifest: Manifest) -> str | None:
+    """Why ``persyn serve`` could not use a checkpoint that is whole in itself."""
+    known = {teacher.id for teacher in project.teachers}
+    unknown = [teacher.id for teacher in manifest.teachers if teacher.id not in known]
+    if unknown:
+        return f"chooses teachers that are not in the project: {', '.join(unknown)}"
+    backbone = Path(manifest.backbone.name)
+    is_local = backbone.is_absolute() or backbone.suffix == ".gguf" or manifest.backbone.name.startswith(".")
+    if is_local and not backbone.exists():
+        return f"its backbone {backbone} does not exist"
+    return None

@@ -5,15 +5,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from clients.canonical import content_hash
 from clients.types import Assignment, Prompt, TeacherSpec
 from router_model.errors import PipelineError
-from router_model.pipeline.artifacts import locked_folder, record_stage, write_jsonl
+from router_model.pipeline.artifacts import locked_folder, read_journal, record_stage, write_jsonl
 from router_model.pipeline.config import ProjectFile, QualitySection
 from router_model.pipeline.generation import GenerationResult, answers_by_key, generate, request_key
 from router_model.pipeline.progress import Progress
 from router_model.pipeline.prompts import read_prompts, sample_prompts
 from router_model.quality import ExactAnswerScorer, QualityScorer, RewardModelScorer, VerifiableScorer
 
+PROMPTS_FILE = "collected_prompts.jsonl"
 RESPONSES_FILE = "responses.jsonl"
 FAILURES_FILE = "failures.jsonl"
 
@@ -37,12 +39,14 @@ def collect(
         scorer.check(prompt)
     assignments = calibration_assignments(prompts, specs)
     with locked_folder(run_folder):
+        # The later stages judge these prompts, wherever they came from.
+        write_jsonl(run_folder / PROMPTS_FILE, [asdict(prompt) for prompt in prompts])
         result = generate(specs, assignments, run_folder / RESPONSES_FILE, stage="collect", progress=progress)
         write_jsonl(run_folder / FAILURES_FILE, [asdict(failure) for failure in result.failures])
         record_stage(
             run_folder,
             "collect",
-            {"requests": [request_key(spec, item) for spec, item in zip_specs(specs, assignments)]},
+            {"requests": content_hash([request_key(*pair) for pair in zip_specs(specs, assignments)])},
             {
                 "n_prompts": len(prompts),
                 "n_teachers": len(specs),
@@ -70,6 +74,18 @@ def zip_specs(
     """Each assignment with its teacher."""
     by_id = {spec.id: spec for spec in specs}
     return [(by_id[assignment.teacher], assignment) for assignment in assignments]
+
+
+def collected_prompts(run_folder: Path) -> list[Prompt]:
+    """The prompts of the last ``collect`` in this folder.
+
+    Raises:
+        PipelineError: There was none.
+    """
+    rows = list(read_journal(run_folder / PROMPTS_FILE))
+    if not rows:
+        raise PipelineError(f"{run_folder}: holds no collected prompts; run `persyn collect` first")
+    return [Prompt(row["id"], tuple(row["messages"]), row["extra"]) for row in rows]
 
 
 def collected_answers(

@@ -18,6 +18,7 @@ from pydantic import (
     model_validator,
 )
 
+from clients.canonical import canonical_json
 from clients.errors import ConfigurationError
 from clients.types import License, Limits, Price, Project, StudentSpec, TeacherSpec
 
@@ -62,8 +63,22 @@ class LicenseSection(_Section):
     outputs_may_train: bool | None = None
 
 
+def _json(value: dict[str, Any]) -> dict[str, Any]:
+    try:
+        canonical_json(value)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"holds what no request can carry: {error}") from None
+    return value
+
+
+JsonObject = Annotated[dict[str, Any], AfterValidator(_json)]
+
+
 def _plain_url(url: str) -> str:
-    parsed = AnyHttpUrl(url)
+    try:
+        parsed = AnyHttpUrl(url)
+    except ValidationError as error:
+        raise ValueError(f"is no http address: {error.errors()[0]['msg']}") from None
     if parsed.username or parsed.password:
         raise ValueError("holds a user name or password; name a variable in api_key_env instead")
     return url.rstrip("/")
@@ -81,8 +96,8 @@ class TeacherSection(_Section):
     family: str | None = None
     size_b: Annotated[float, Field(gt=0)] | None = Field(None, description="Billions of parameters.")
     system_prompt: str | None = None
-    sampling: dict[str, Any] = Field(default_factory=dict)
-    extra_body: dict[str, Any] = Field(default_factory=dict)
+    sampling: JsonObject = Field(default_factory=dict)
+    extra_body: JsonObject = Field(default_factory=dict)
     price: PriceSection = PriceSection()
     limits: LimitsSection = LimitsSection()
     timeout_s: Annotated[float, Field(gt=0)] = 120.0
@@ -99,6 +114,10 @@ class TeacherSection(_Section):
         if self.api_key_env and not api_key:
             raise ConfigurationError(
                 f"teacher {self.id!r} needs the environment variable {self.api_key_env}, which is not set"
+            )
+        if api_key and not (api_key.isascii() and api_key.isprintable()):
+            raise ConfigurationError(
+                f"{self.api_key_env} holds a line break or other characters that no header can carry"
             )
         return TeacherSpec(
             id=self.id,
@@ -122,7 +141,7 @@ class CalibrationSection(_Section):
 
     prompts: Annotated[str, Field(min_length=1)]
     sample: Annotated[int, Field(ge=1)] | None = None
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     test_fraction: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.2, description="Share of the prompts held out for the report, where rows name no split themselves."
     )
@@ -194,14 +213,23 @@ class ProjectFile(_Section):
         """Names of the environment variables that hold teachers' keys."""
         return tuple(section.api_key_env for section in self.teachers if section.api_key_env)
 
-    def teacher_specs(self, environment: Mapping[str, str] | None = None) -> tuple[TeacherSpec, ...]:
-        """All teachers with their keys. Raises ``ConfigurationError`` for a missing variable."""
+    def teacher_specs(
+        self, environment: Mapping[str, str] | None = None, *, with_keys: bool = True
+    ) -> tuple[TeacherSpec, ...]:
+        """All teachers, with their keys unless they are only named and not asked.
+
+        Raises:
+            ConfigurationError: The variable of a key is not set.
+        """
+        if not with_keys:
+            keyless = [section.model_copy(update={"api_key_env": None}) for section in self.teachers]
+            return tuple(section.spec({}) for section in keyless)
         return tuple(section.spec(environment) for section in self.teachers)
 
     def project(self) -> Project:
         """What the service needs."""
         students = tuple(
-            StudentSpec(id=section.id, checkpoint=section.checkpoint, family=section.family)
+            StudentSpec(section.id, section.checkpoint, section.family, self.router.backbone)
             for section in self.students
         )
         return Project(teachers=self.teacher_specs(), students=students)
@@ -219,7 +247,7 @@ def load_project(path: Path) -> ProjectFile:
         content = yaml.safe_load(text)
     except OSError as error:
         raise ConfigurationError(f"{path}: cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigurationError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(content, dict) or root is None:
         raise ConfigurationError(f"{path}: holds no mapping; `persyn init` writes an example")
@@ -309,7 +337,10 @@ def _with_resolved_paths(project: ProjectFile, folder: Path) -> ProjectFile:
 
 def resolve_model(name: str, folder: Path) -> str:
     """A local model as an absolute path; any other name is a hub id and stays."""
-    local = folder / Path(name).expanduser()
+    try:
+        local = folder / Path(name).expanduser()
+    except RuntimeError as error:
+        raise ConfigurationError(f"{name}: {error}") from None
     return str(local.resolve()) if local.exists() else name
 
 
@@ -374,9 +405,16 @@ router: {backbone: sentence-transformers/all-MiniLM-L6-v2, head: auto, max_token
 
 EXAMPLE_PROMPTS = (
     {
+        "id": "rivers-1",
+        "prompt": "Name two long rivers, one bullet each.",
+        "constraints": [{"kind": "bullet_count", "min": 2, "max": 2}],
+        "split": "test",
+    },
+    {
         "id": "bread-1",
         "prompt": "List exactly three things one needs to bake bread, as bullets.",
         "constraints": [{"kind": "bullet_count", "min": 3, "max": 3}],
+        "split": "train",
     },
     {
         "id": "tides-1",
@@ -386,5 +424,6 @@ EXAMPLE_PROMPTS = (
             {"kind": "word_count", "max": 25},
             {"kind": "required_words", "words": ["moon"]},
         ],
+        "split": "train",
     },
 )

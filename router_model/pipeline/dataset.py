@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 
 from clients.types import Prompt, RoutingDecision, TeacherSpec
 from router_model.pipeline.artifacts import file_sha256, write_atomically, write_json, write_jsonl
+from router_model.tokenization import message_text
 
 DATA_FILE = "data/train-00000-of-00001.parquet"
 """The name that the Hugging Face ``datasets`` library reads as the split ``train``."""
@@ -148,10 +149,7 @@ def _row(answer: Answer, origin: Origin) -> dict[str, Any]:
 
 
 def _turn(message: Mapping[str, Any]) -> dict[str, str]:
-    content = message["content"]
-    if not isinstance(content, str):
-        content = "\n".join(str(part["text"]) for part in content if part.get("type") == "text")
-    return {"role": str(message["role"]), "content": content}
+    return {"role": str(message["role"]), "content": message_text(message)}
 
 
 def _cut_failure(answer: Answer) -> dict[str, Any]:
@@ -206,7 +204,6 @@ def _card(
         "---",
         "license: other",
         "license_name: " + json.dumps(", ".join(sorted({spec.license.name for spec in used})) or "none"),
-        "language: [en]",
         "annotations_creators: [machine-generated]",
         "task_categories: [text-generation]",
         f"size_categories: [{_size_category(summary.n_rows)}]",

@@ -78,14 +78,13 @@ def generate(
     by_id = {spec.id: spec for spec in specs}
     keys = [request_key(by_id[assignment.teacher], assignment) for assignment in assignments]
     known = {record["key"] for record in read_journal(journal_path)}
-    missing = [(key, item) for key, item in zip(keys, assignments, strict=True) if key not in known]
-    generation = _Generation(
-        [key for key, _ in missing],
-        [item for _, item in missing],
-        progress,
-        GenerationResult(n_reused=len(assignments) - len(missing)),
-    )
-    progress.start(stage, total=len(assignments), done=len(assignments) - len(missing))
+    missing: dict[str, list[Assignment]] = {}
+    for key, assignment in zip(keys, assignments, strict=True):
+        if key not in known:
+            missing.setdefault(key, []).append(assignment)
+    n_reused = sum(key in known for key in keys)
+    generation = _Generation(missing, progress, GenerationResult(n_reused=n_reused))
+    progress.start(stage, total=len(assignments), done=n_reused)
     with Journal(journal_path) as journal:
         asyncio.run(generation.run(specs, journal))
     progress.finish()
@@ -98,14 +97,11 @@ class _Generation:
     """The state of one call of ``generate``."""
 
     def __init__(
-        self,
-        keys: Sequence[str],
-        assignments: Sequence[Assignment],
-        progress: Progress,
-        result: GenerationResult,
+        self, missing: Mapping[str, Sequence[Assignment]], progress: Progress, result: GenerationResult
     ) -> None:
-        self._keys = keys
-        self._assignments = assignments
+        self._keys = list(missing)
+        # Several ids with the same content are one request: it is paid for once.
+        self._same = list(missing.values())
         self._progress = progress
         self._stopping = False
         self.result = result
@@ -122,7 +118,7 @@ class _Generation:
             async with Registry(specs) as registry:
                 # No response cache: the journal is the store of this folder, and it has no expiry.
                 await Dispatcher(registry, retry=_RETRY).run(
-                    self._assignments,
+                    [same[0] for same in self._same],
                     DispatchOptions(cache="off", patience_s=OUTAGE_PATIENCE_S),
                     lambda index, outcome: self._take(journal, index, outcome),
                     should_stop=lambda: self._stopping,
@@ -147,14 +143,14 @@ class _Generation:
     def _take(self, journal: Journal, index: int, outcome: Outcome) -> None:
         if isinstance(outcome, Answered):
             self.result.cost_usd += outcome.provenance.cost_usd
-            self._keep(journal, answer_record(self._keys[index], outcome))
-            self._progress.advance(cost_usd=outcome.provenance.cost_usd)
+            self._keep(journal, answer_record(self._keys[index], outcome), len(self._same[index]))
+            self._progress.advance(len(self._same[index]), cost_usd=outcome.provenance.cost_usd)
             return
-        failure = _failure(outcome.prompt.id, outcome.teacher, outcome.error)
-        self.result.failures.append(failure)
-        self._progress.advance(n_errors=1)
+        failures = [_failure(same.prompt.id, outcome.teacher, outcome.error) for same in self._same[index]]
+        self.result.failures += failures
+        self._progress.advance(len(failures), n_errors=len(failures))
 
-    def _keep(self, journal: Journal, record: Mapping[str, Any]) -> None:
+    def _keep(self, journal: Journal, record: Mapping[str, Any], n_assignments: int) -> None:
         """Journal one answer; on a full disk, stop asking and let the calls in flight come home."""
         try:
             has_room = journal.append(record)
@@ -162,7 +158,7 @@ class _Generation:
             self.disk_error = self.disk_error or error
             self._stopping = True
             return
-        self.result.n_generated += 1
+        self.result.n_generated += n_assignments
         if not has_room:
             self._stopping = True
             self.disk_error = PipelineError(

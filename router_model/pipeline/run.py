@@ -6,13 +6,20 @@ from pathlib import Path
 from typing import Any
 
 from router_model.checkpoint import read_checkpoint
-from router_model.errors import PipelineError
-from router_model.pipeline.artifacts import file_sha256, locked_folder, read_json, record_stage, stage_is_done
-from router_model.pipeline.collect import collect
+from router_model.errors import CheckpointError, PipelineError
+from router_model.pipeline.artifacts import (
+    file_sha256,
+    locked_folder,
+    model_identity,
+    read_json,
+    record_stage,
+    stage_is_done,
+)
+from router_model.pipeline.collect import calibration_prompts, collect
 from router_model.pipeline.config import ProjectFile, StudentSection
 from router_model.pipeline.evaluate import REPORT_FILE, evaluate_router
 from router_model.pipeline.progress import Progress
-from router_model.pipeline.score import SCORES_FILE, score
+from router_model.pipeline.score import SCORES_FILE, require_trainable, score
 from router_model.pipeline.train import TrainSettings, train_router
 
 
@@ -45,6 +52,7 @@ def run_pipeline(
     checkpoint = Path(student.checkpoint)
     folder = run_folder or checkpoint.parent
     report_folder = folder / "report"
+    require_trainable(project, calibration_prompts(project))
     collected = collect(project, folder, progress=progress)
     if collected.interrupted:
         return RunResult(checkpoint, report_folder, {}, len(collected.failures), interrupted=True)
@@ -71,11 +79,21 @@ def _train(project: ProjectFile, student: StudentSection, folder: Path, progress
         max_tokens=project.router.max_tokens,
     )
     scores, checkpoint = folder / SCORES_FILE, Path(student.checkpoint)
-    inputs = {"scores_sha256": file_sha256(scores), **settings.as_json()}
-    if stage_is_done(folder, "train", inputs, [checkpoint / "manifest.json"]):
+    backbone = model_identity(settings.backbone)
+    inputs = {"scores_sha256": file_sha256(scores), "backbone_identity": backbone, **settings.as_json()}
+    if stage_is_done(folder, "train", inputs, [checkpoint]) and _is_own(checkpoint, folder):
         return
     result = train_router(scores, checkpoint, settings, progress=progress)
     record_stage(folder, "train", inputs, {"checkpoint_id": result.checkpoint_id})
+
+
+def _is_own(checkpoint: Path, folder: Path) -> bool:
+    """Whether the checkpoint is whole and the one that this run has trained."""
+    try:
+        _, manifest = read_checkpoint(checkpoint)
+    except CheckpointError:
+        return False
+    return bool(read_json(folder / "train.manifest.json").get("checkpoint_id") == manifest.checkpoint_id)
 
 
 def _evaluate(checkpoint: Path, folder: Path, report_folder: Path, progress: Progress) -> dict[str, Any]:

@@ -13,17 +13,18 @@ import pyarrow.parquet as pq
 
 from clients.canonical import content_hash
 from clients.types import Prompt, TeacherSpec
-from router_model.errors import PipelineError
+from router_model.errors import PipelineError, RouterError
 from router_model.learnability import load_student, score_learnability
 from router_model.pipeline.artifacts import (
     Journal,
     file_sha256,
     locked_folder,
+    model_identity,
     read_journal,
     record_stage,
     write_atomically,
 )
-from router_model.pipeline.collect import calibration_prompts, collected_answers, quality_scorer
+from router_model.pipeline.collect import collected_answers, collected_prompts, quality_scorer
 from router_model.pipeline.config import ProjectFile, QualitySection, StudentSection
 from router_model.pipeline.progress import Progress
 from router_model.pipeline.prompts import unit_hash
@@ -82,7 +83,6 @@ def score(
     *,
     progress: Progress,
     student_id: str | None = None,
-    prompts_path: Path | None = None,
 ) -> ScoreResult:
     """Judge every collected answer and write ``scores.parquet``; scores of an earlier call are kept.
 
@@ -90,8 +90,9 @@ def score(
         PipelineError: Nothing has been collected, or the folder is in use.
         BackboneError, QualityError: A model cannot be loaded, or a prompt row cannot be judged.
     """
-    specs = project.teacher_specs()
-    prompts = calibration_prompts(project, prompts_path)
+    # No teacher is asked, so no key is needed: scoring may run on another machine.
+    specs = project.teacher_specs(with_keys=False)
+    prompts = collected_prompts(run_folder)
     student = project.student(student_id)
     with locked_folder(run_folder):
         items = [_Item(*found) for found in collected_answers(specs, prompts, run_folder)]
@@ -127,7 +128,8 @@ def _qualities(
     scorer = quality_scorer(section)
     for item in items:
         scorer.check(item.prompt)
-    keys = [item.key(content_hash(section.model_dump())) for item in items]
+    model = model_identity(section.model) if section.model else None
+    keys = [item.key(content_hash([section.model_dump(), model])) for item in items]
 
     def judge(chunk: Sequence[_Item]) -> Sequence[float | None]:
         return scorer.score([(item.prompt, str(item.answer["response"])) for item in chunk])
@@ -138,12 +140,21 @@ def _qualities(
 def _learnabilities(
     items: Sequence[_Item], student: StudentSection, run_folder: Path, progress: Progress
 ) -> list[float | None]:
-    keys = [item.key(f"mean_logprob {student.model}") for item in items]
+    keys = [item.key(f"mean_logprob {model_identity(student.model)}") for item in items]
     load = cache(partial(load_student, student.model))  # a finished run never loads it
 
-    def judge(chunk: Sequence[_Item]) -> Sequence[float | None]:
+    def judge(chunk: Sequence[_Item]) -> list[float | None]:
         pairs = [(item.prompt.messages, str(item.answer["response"])) for item in chunk]
-        scores = score_learnability(load(), pairs)
+        try:
+            scores = score_learnability(load(), pairs)
+        except RouterError as error:
+            index = error.details.get("index")
+            if index is None:
+                raise
+            # The student's chat template refuses this prompt: its cell stays empty, the others count.
+            progress.note(f"prompt {chunk[index].prompt.id!r} has no learnability: {error.message}")
+            rest = judge([*chunk[:index], *chunk[index + 1 :]])
+            return [*rest[:index], None, *rest[index:]]
         return [None if math.isnan(found.mean_logprob) else found.mean_logprob for found in scores]
 
     return _journalled(items, keys, run_folder / "learnability.jsonl", judge, progress)
@@ -200,11 +211,28 @@ def _row(project: ProjectFile, item: _Item, quality: float | None, learnability:
         "n_tokens": provenance["usage"]["completion_tokens"],
         "cost_usd": provenance["cost_usd"],
         "finish_reason": answer["finish_reason"],
-        "split": _split(project, item.prompt),
+        "split": split_of(project, item.prompt),
     }
 
 
-def _split(project: ProjectFile, prompt: Prompt) -> str:
+def require_trainable(project: ProjectFile, prompts: Sequence[Prompt]) -> None:
+    """Refuse, before anything is paid for, what no router could be trained and judged on.
+
+    Raises:
+        PipelineError: One teacher only, or no prompt to train on or to hold out.
+    """
+    if len(project.teachers) < 2:
+        raise PipelineError("a router chooses between teachers: the project file needs at least two")
+    splits = {split_of(project, prompt) for prompt in prompts}
+    for split, purpose in (("train", "to train on"), ("test", "to hold out for the report")):
+        if split not in splits:
+            raise PipelineError(
+                f"none of the {len(prompts)} calibration prompts is left {purpose}: give more prompts, or "
+                f"mark some with split = {split!r}"
+            )
+
+
+def split_of(project: ProjectFile, prompt: Prompt) -> str:
     """``train`` or ``test``: what the row says, else drawn by the prompt's id."""
     named = prompt.extra.get("split")
     if named in {"train", "test"}:

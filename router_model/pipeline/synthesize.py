@@ -13,16 +13,14 @@ from router_model.inference import Router
 from router_model.pipeline.artifacts import locked_folder, read_json, write_json
 from router_model.pipeline.config import ProjectFile
 from router_model.pipeline.dataset import Answer, DataSetSummary, Origin, write_dataset
+from router_model.pipeline.decisions import decide_all
 from router_model.pipeline.generation import Failure, answers_by_key, generate, request_key
 from router_model.pipeline.progress import Progress
 from router_model.pipeline.prompts import read_prompts
-from router_model.strategies import RouteOptions, decide
-from router_model.tokenization import prompt_text
+from router_model.strategies import RouteOptions
 
 RESPONSES_FILE = ".responses.jsonl"
 """Hidden, so that data-set libraries that read the whole folder pass it over."""
-
-_BATCH = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,9 +80,10 @@ def synthesize_dataset(
     specs = project.teacher_specs()
     prompts = read_prompts(prompts_path)
     with locked_folder(folder):
-        router = Router.load(checkpoint or Path(student.checkpoint))
+        folder_of_router = checkpoint or Path(student.checkpoint)
+        router = Router.load(folder_of_router, moved_to=project.router.backbone)
         require_known_teachers(router, specs)
-        decisions = decide_all(router, prompts, settings)
+        decisions = decide_all(router, prompts, settings.options())
         origin = _origin(router, student.id, settings)
         _write_plan(folder, origin, decisions)
         assignments = [
@@ -96,21 +95,6 @@ def synthesize_dataset(
         failures += _not_asked(prompts, answered, result.failures)
         summary = write_dataset(folder, answered, failures, specs=specs, origin=origin)
     return SynthesisResult(summary, result.n_generated, result.n_reused, folder, result.interrupted)
-
-
-def decide_all(
-    router: Router, prompts: Sequence[Prompt], settings: SynthesisSettings
-) -> list[RoutingDecision]:
-    """The decision for each prompt, in order."""
-    decisions: list[RoutingDecision] = []
-    for start in range(0, len(prompts), _BATCH):
-        batch = prompts[start : start + _BATCH]
-        output = router.score([prompt_text(prompt.messages) for prompt in batch])
-        decisions += [
-            decide(router.manifest, output, row, prompt.id, settings.options())
-            for row, prompt in enumerate(batch)
-        ]
-    return decisions
 
 
 def require_known_teachers(router: Router, specs: Sequence[TeacherSpec]) -> None:

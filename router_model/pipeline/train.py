@@ -86,7 +86,10 @@ def train_router(scores: Path, folder: Path, settings: TrainSettings, *, progres
         model,
         student=StudentFacts(settings.student, settings.student_family),
         backbone=BackboneFacts(
-            name=settings.backbone,
+            # A local model by its whole path: the router may be loaded from another folder.
+            name=str(Path(settings.backbone).resolve())
+            if Path(settings.backbone).exists()
+            else settings.backbone,
             fingerprint=backbone.fingerprint,
             pooling=backbone.pooling,
             max_tokens=backbone.max_tokens,

@@ -84,8 +84,8 @@ async def test_outage_is_retried_and_counted():
 
 
 async def test_broken_answers_are_retried():
-    """A cut or empty answer is asked for again."""
-    outcome, _ = await answer_script(in_turn(Reply(finish_reason=None), Reply(""), Reply("fine")))
+    """A cut answer, or one that is no chat completion, is asked for again."""
+    outcome, _ = await answer_script(in_turn(Reply(finish_reason=None), Reply(raw=b"<html>"), Reply("fine")))
     assert (outcome.completion.content, outcome.provenance.attempts) == ("fine", 3)
 
 

@@ -103,17 +103,39 @@ PROTOCOL_BREACHES = {
     "JSON array": (Reply(raw=b"[]"), "JSON list"),
     "cut body": (Reply(raw=b'{"choices": [{"message'), "no JSON"),
     "finish_reason null": (Reply(finish_reason=None), "finish_reason None"),
-    "finish_reason unknown": (Reply(finish_reason="error"), "finish_reason 'error'"),
     "finish_reason no text": (completion_reply(finish_reason=["stop"]), "finish_reason"),
-    "empty content": (Reply(content=""), "empty message"),
-    "null content": (completion_reply(message={"content": None}), "empty message"),
     "content not text": (completion_reply(message={"content": [{"type": "text"}]}), "not text"),
     "no message": (completion_reply(message=None), "without a message"),
+}
+USELESS_ANSWERS = {
+    "finish_reason unknown": (Reply(finish_reason="error"), "finish_reason 'error'"),
+    "empty content": (Reply(content=""), "empty message"),
+    "null content": (completion_reply(message={"content": None}), "empty message"),
+    "all spent on reasoning": (
+        completion_reply(message={"content": None, "reasoning": "hm"}, finish_reason="length"),
+        "empty message (finish_reason 'length')",
+    ),
     "one empty choice of two": (
         completion_reply(choices=[{"message": {"content": c}, "finish_reason": "stop"} for c in ("x", "")]),
         "empty message",
     ),
 }
+
+
+@pytest.mark.parametrize("answer", USELESS_ANSWERS)
+async def test_an_answer_that_says_nothing_is_not_asked_for_again(answer):
+    """It was made and paid for: an error of this prompt that no retry follows."""
+    reply, says = USELESS_ANSWERS[answer]
+    with pytest.raises(TeacherProtocolError) as raised:
+        await ask_once(reply)
+    assert says in raised.value.message
+    assert not raised.value.retryable
+
+
+@pytest.mark.parametrize(("theirs", "ours"), [("eos_token", "stop"), ("max_tokens", "length")])
+async def test_other_names_of_finish_reasons_are_understood(theirs, ours):
+    """Servers that name the reasons otherwise are as good as those that follow the API."""
+    assert (await ask_once(Reply(finish_reason=theirs))).finish_reason == ours
 
 
 @pytest.mark.parametrize("breach", PROTOCOL_BREACHES)

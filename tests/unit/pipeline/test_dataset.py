@@ -11,6 +11,7 @@ import yaml
 
 from clients.types import License, Prompt, RoutingDecision, TeacherSpec
 from router_model.pipeline.dataset import DATA_FILE, Answer, Origin, write_dataset
+from router_model.pipeline.prompts import read_prompts
 
 SPECS = [
     TeacherSpec(
@@ -97,6 +98,26 @@ def test_the_card_states_shares_licences_and_the_command(tmp_path: Path) -> None
     assert "| `a` | `m-a` | 66.7% | 2 | 10 | 1.0000 | apache-2.0 | yes |" in body
     assert "| unknown | not stated |" in body
     assert "persyn synthesize --out d" in body
+
+
+def test_prompts_in_parts_and_huge_integers_become_rows(tmp_path: Path) -> None:
+    """A turn in parts is written as its text, without pictures; ``extra`` holds integers of any size."""
+    parts = [{"type": "image_url", "image_url": {"url": "u"}}, *({"type": "text", "text": t} for t in "ab")]
+    path = tmp_path / "prompts.jsonl"
+    row = {"id": "p0", "messages": [{"role": "user", "content": parts}], "big": 10**30}
+    path.write_text(json.dumps(row))
+    given = answer(0)
+    whole = Answer(read_prompts(path)[0], given.decision, given.record)
+    write_dataset(tmp_path / "d", [whole], [], specs=SPECS, origin=ORIGIN)
+    written = pq.read_table(tmp_path / "d" / DATA_FILE).to_pylist()[0]
+    assert written["prompt"] == [{"role": "user", "content": "a\nb"}]
+    assert json.loads(written["extra"]) == {"big": 10**30}
+
+
+def test_the_card_claims_no_language(tmp_path: Path) -> None:
+    """Nobody has told the pipeline what language the prompts are in."""
+    write_dataset(tmp_path, [answer(0)], [], specs=SPECS, origin=ORIGIN)
+    assert "language" not in yaml.safe_load((tmp_path / "README.md").read_text().split("---\n")[1])
 
 
 def test_a_data_set_without_rows_keeps_its_columns(tmp_path: Path) -> None:

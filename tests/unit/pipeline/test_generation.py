@@ -78,6 +78,30 @@ def test_a_second_call_asks_nothing(tmp_path: Path) -> None:
         assert set(asked(teacher).values()) == {1}
 
 
+def test_the_same_content_under_several_ids_is_asked_once(tmp_path: Path) -> None:
+    """Equal prompts share one paid answer, and one failure is reported for each of them."""
+    twins = [Assignment(Prompt(name, ({"role": "user", "content": "same"},)), "t") for name in "abc"]
+    progress = SilentProgress()
+    with FakeTeacher() as teacher:
+        result = generate([spec(teacher)], twins, tmp_path / "j", stage="collect", progress=progress)
+        assert (result.n_generated, progress.n_items, len(teacher.requests)) == (3, 3, 1)
+        teacher.script = lambda _body, _n_call: Reply(status=400)
+        refused = generate([spec(teacher)], twins, tmp_path / "k", stage="collect", progress=progress)
+        assert [failure.prompt_id for failure in refused.failures] == ["a", "b", "c"]
+
+
+def test_an_empty_answer_does_not_take_its_teacher_down(tmp_path: Path) -> None:
+    """A teacher that says nothing to one kind of prompt goes on answering the others, each asked once."""
+
+    def mute(body: Mapping[str, Any], _n_call: int) -> Reply:
+        silent = body["messages"][-1]["content"] != "question 19"
+        return Reply(content="", finish_reason="length") if silent else Reply()
+
+    with FakeTeacher(mute) as teacher:
+        result = run(teacher, tmp_path / "j")
+        assert (result.n_generated, len(result.failures), len(teacher.requests)) == (1, 19, 20)
+
+
 def test_another_address_of_the_same_teacher_is_not_paid_again(tmp_path: Path) -> None:
     """Moving an endpoint keeps its answers; changing what is asked does not."""
     with FakeTeacher() as first, FakeTeacher() as second:

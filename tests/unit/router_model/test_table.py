@@ -1,6 +1,7 @@
 """The score table: what is read, and what is refused with the row at fault."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from router_model.errors import TableError
+from router_model.errors import RouterError, TableError
+from router_model.plots import write_plots
 from router_model.table import read_table
 
 
@@ -132,6 +134,8 @@ def test_a_nan_in_parquet_names_its_row(tmp_path: Path) -> None:
         ("t.jsonl", b"[1]\n", "expected a JSON object"),
         ("t.jsonl", b"{\n", "not valid JSON"),
         ("t.jsonl", b"\xff\xfe\n", "not valid JSON in UTF-8"),
+        ("t.jsonl", b"[" * 100_000, "t.jsonl:1: not valid JSON: it is nested too deeply"),
+        ("t.jsonl", b'{"quality": ' + b"1" * 5000 + b"}", "t.jsonl:1: not valid JSON"),
         ("t.csv", b"a,b\n", "unknown format '.csv'"),
         ("t.parquet", b"not parquet", "not a readable Parquet file"),
     ],
@@ -143,6 +147,60 @@ def test_a_file_that_is_no_table_is_refused(tmp_path: Path, name: str, content: 
         read_table(tmp_path / name)
     with pytest.raises(TableError, match="no such file"):
         read_table(tmp_path / "absent.jsonl")
+
+
+def test_a_damaged_parquet_file_is_refused_wherever_the_damage_is(tmp_path: Path) -> None:
+    """A flipped byte in any part of the file is a TableError, whichever exception pyarrow raises for it."""
+    path = write(tmp_path, FULL, ".parquet")
+    whole, causes = path.read_bytes(), set()
+    for offset in range(4, len(whole), 7):
+        path.write_bytes(whole[:offset] + bytes([whole[offset] ^ 0xFF]) + whole[offset + 1 :])
+        try:
+            read_table(path)
+        except TableError as error:
+            causes.add(type(error.__cause__))
+    assert {OSError, pa.ArrowInvalid, UnicodeDecodeError} <= causes
+
+
+def test_a_file_that_cannot_be_opened_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Missing rights are an error about the table."""
+
+    def refuse(path: Path, mode: str) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    path = write(tmp_path, FULL)
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(TableError, match=r"scores\.jsonl: cannot be read: Permission denied"):
+        read_table(path)
+
+
+def test_without_pyarrow_parquet_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """JSONL needs no pyarrow; for Parquet the message names the extra that brings it."""
+    jsonl, parquet = write(tmp_path, FULL), write(tmp_path, FULL, ".parquet")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    assert read_table(jsonl).n_prompts == 2
+    with pytest.raises(TableError, match=r"pip install 'persyn\[train\]'"):
+        read_table(parquet)
+
+
+def test_a_picture_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    """The table's report is drawn whole or not at all: the error names the picture, no draft stays behind."""
+    method = {"mean_reward": 0.5, "gap_closed": {"value": None}, "share": {"a": 1.0}}
+    report = {
+        "n_prompts": 1,
+        "verdict": "v",
+        "methods": {"persyn": method, "oracle": method},
+        "reliability": [{"predicted": 0.5, "observed": 0.5}],
+        "calibration": {"pairwise_ece": 0.0},
+    }
+    (tmp_path / "shares.png").mkdir()
+    with pytest.raises(RouterError, match=r"shares\.png: cannot be written"):
+        write_plots(report, tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["methods.png", "shares.png"]
+    with pytest.raises(RouterError, match=r"methods\.png: cannot be written"):
+        write_plots(report, tmp_path / "absent")
 
 
 def test_a_parquet_file_without_a_column_names_it(tmp_path: Path) -> None:
