@@ -162,8 +162,8 @@ class _Generation:
         if not has_room:
             self._stopping = True
             self.disk_error = PipelineError(
-                f"{journal.path}: the disk is full. All {self.result.n_generated} answers of this call are "
-                "kept; free some space and run the same command again"
+                f"{journal.path}: the disk is full. Every answer that came is kept; free some space and run "
+                "the same command again"
             )
 
 
