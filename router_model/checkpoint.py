@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from pathlib import Path
@@ -87,6 +87,10 @@ class Manifest:
     format_version: int = FORMAT_VERSION
     seal: str = ""
     """Hash of all the rest of the manifest, the time included."""
+
+    def teachers_beyond(self, known: Collection[str]) -> list[str]:
+        """Ids of the teachers that the router can choose and ``known`` does not hold."""
+        return [teacher.id for teacher in self.teachers if teacher.id not in known]
 
 
 def write_checkpoint(

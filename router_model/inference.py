@@ -30,6 +30,12 @@ class RouterOutput:
     truncated_B: NDArray[np.bool_]
 
 
+def backbone_location(name: str, moved_to: str | None) -> str:
+    """Where to look for a checkpoint's backbone: where it was, or ``moved_to`` if that local path is gone."""
+    is_gone = Path(name).is_absolute() and not Path(name).exists()
+    return moved_to if moved_to is not None and is_gone else name
+
+
 class Router:
     """A trained router, ready to score prompts. Used from one owned thread, as its backbone."""
 
@@ -60,10 +66,11 @@ class Router:
         model, manifest = read_checkpoint(folder)
         facts = manifest.backbone
         if backbone is None:
-            is_gone = Path(facts.name).is_absolute() and not Path(facts.name).exists()
-            name = moved_to if moved_to is not None and is_gone else facts.name
             backbone = load_backbone(
-                name, max_tokens=facts.max_tokens, pooling=facts.pooling, threads=threads
+                backbone_location(facts.name, moved_to),
+                max_tokens=facts.max_tokens,
+                pooling=facts.pooling,
+                threads=threads,
             )
         if (backbone.fingerprint, backbone.width) != (facts.fingerprint, facts.width):
             raise CheckpointError(

@@ -362,7 +362,8 @@ def route(
     from router_model.pipeline.prompts import prompt_from_text
     from router_model.strategies import RouteOptions
 
-    router = Router.load(Path(load_project(config).student(student).checkpoint))
+    project = load_project(config)
+    router = Router.load(Path(project.student(student).checkpoint), moved_to=project.router.backbone)
     decision = decide_all(router, [prompt_from_text(prompt)], RouteOptions())[0]
     shares = sorted(decision.distribution.items(), key=lambda pair: -pair[1])
     result = {"teacher": decision.teacher, "distribution": dict(shares), "uncertain": decision.uncertain}

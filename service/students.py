@@ -158,7 +158,7 @@ def _load_router(spec: StudentSpec, backbones: dict[BackboneKey, Backbone], thre
 
 def _require_known_teachers(spec: StudentSpec, manifest: Manifest, teacher_ids: Sequence[str]) -> None:
     trained = [teacher.id for teacher in manifest.teachers]
-    missing = [teacher for teacher in trained if teacher not in teacher_ids]
+    missing = manifest.teachers_beyond(teacher_ids)
     if missing:
         raise ConfigurationError(
             f"the router of student {spec.id!r} ({spec.checkpoint}) was trained with teachers that the "

@@ -12,6 +12,7 @@ from clients.errors import PersynError, TeacherError
 from clients.registry import Endpoint, Registry
 from clients.types import Prompt
 from router_model.checkpoint import Manifest, read_checkpoint
+from router_model.inference import backbone_location
 from router_model.pipeline.collect import calibration_prompts, quality_scorer
 from router_model.pipeline.config import ProjectFile, StudentSection, load_project
 from router_model.pipeline.score import split_of
@@ -153,12 +154,12 @@ def _check_checkpoint(project: ProjectFile, section: StudentSection) -> Finding:
 
 def _checkpoint_fault(project: ProjectFile, manifest: Manifest) -> str | None:
     """Why ``persyn serve`` could not use a checkpoint that is whole in itself."""
-    known = {teacher.id for teacher in project.teachers}
-    unknown = [teacher.id for teacher in manifest.teachers if teacher.id not in known]
+    unknown = manifest.teachers_beyond({teacher.id for teacher in project.teachers})
     if unknown:
         return f"chooses teachers that are not in the project: {', '.join(unknown)}"
-    backbone = Path(manifest.backbone.name)
-    is_local = backbone.is_absolute() or backbone.suffix == ".gguf" or manifest.backbone.name.startswith(".")
+    name = backbone_location(manifest.backbone.name, project.router.backbone)
+    backbone = Path(name)
+    is_local = backbone.is_absolute() or backbone.suffix == ".gguf" or name.startswith(".")
     if is_local and not backbone.exists():
         return f"its backbone {backbone} does not exist"
     return None

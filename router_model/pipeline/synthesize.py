@@ -99,8 +99,7 @@ def synthesize_dataset(
 
 def require_known_teachers(router: Router, specs: Sequence[TeacherSpec]) -> None:
     """Raise ``CheckpointError`` if the router chooses among teachers that the project does not name."""
-    known = {spec.id for spec in specs}
-    unknown = [teacher.id for teacher in router.manifest.teachers if teacher.id not in known]
+    unknown = router.manifest.teachers_beyond({spec.id for spec in specs})
     if unknown:
         raise CheckpointError(
             f"the router was trained with teachers that the project file does not name: {', '.join(unknown)}"
