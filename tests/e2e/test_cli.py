@@ -297,7 +297,7 @@ def test_check_passes_and_then_names_each_fault(folder: Path) -> None:
 
 
 def test_check_misses_a_backbone_that_is_gone(folder: Path, minilm_path: Path) -> None:
-    """A checkpoint trained on a local backbone fails the check once that folder is gone."""
+    """A checkpoint whose backbone is gone passes where the project names a copy, and fails without one."""
     copy = folder / "copied backbone"
     shutil.copytree(minilm_path, copy)
     train = ("train", "--scores", "scores.jsonl", "--backbone", str(copy), "--out", "elsewhere")
@@ -305,8 +305,10 @@ def test_check_misses_a_backbone_that_is_gone(folder: Path, minilm_path: Path) -
     shutil.rmtree(copy)
     students = yaml.safe_load((folder / "persyn.yaml").read_text())["students"]
     students[0]["checkpoint"] = "elsewhere"
-    config = changed_project(folder, "gone.yaml", students=students)
-    faults = failed(persyn(folder, "check", "-c", str(config), "--json"))
+    moved = changed_project(folder, "moved.yaml", students=students)
+    assert persyn(folder, "check", "-c", str(moved), "--json").returncode == 0
+    gone = changed_project(folder, "gone.yaml", students=students, router={"backbone": str(copy)})
+    faults = failed(persyn(folder, "check", "-c", str(gone), "--json"))
     assert "copied backbone does not exist" in faults["checkpoint of smol"]
 
 
