@@ -41,8 +41,8 @@ def compare(rewards_BM: Tensor, mask_BM: Tensor) -> Pairs:
         mask_BM: Which cells are present. A prompt with fewer than two has no pair and no weight.
     """
     n_teachers = rewards_BM.shape[1]
-    first_P, second_P = torch.triu_indices(n_teachers, n_teachers, offset=1)
-    identity_MM = torch.eye(n_teachers, dtype=rewards_BM.dtype)
+    first_P, second_P = torch.triu_indices(n_teachers, n_teachers, offset=1, device=rewards_BM.device)
+    identity_MM = torch.eye(n_teachers, dtype=rewards_BM.dtype, device=rewards_BM.device)
     incidence_MP = identity_MM[:, first_P] - identity_MM[:, second_P]
     target_BP = (1 + torch.sign(rewards_BM[:, first_P] - rewards_BM[:, second_P])) / 2
     present_BP = mask_BM[:, first_P] & mask_BM[:, second_P]
