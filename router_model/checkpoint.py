@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +21,7 @@ from safetensors.numpy import load, save
 from router_model.errors import CheckpointError
 from router_model.heads import HEADS, Head
 from router_model.model import RouterModel, TeacherSummary
-from router_model.reward import Normalization
+from router_model.reward import LearnabilityMeasure, Normalization
 
 FORMAT_VERSION = 1
 MANIFEST_FILE = "manifest.json"
@@ -83,6 +83,8 @@ class Manifest:
     """Hyper-parameters and cross-validation numbers."""
     versions: Mapping[str, str] = field(default_factory=dict)
     git_revision: str | None = None
+    learnability: LearnabilityMeasure = "mean_logprob"
+    """Measure that the reward was made of; negated where lower is closer to the student."""
     created: str = ""
     format_version: int = FORMAT_VERSION
     seal: str = ""
@@ -100,6 +102,7 @@ def write_checkpoint(
     student: StudentFacts,
     backbone: BackboneFacts,
     training: TrainingFacts,
+    learnability: LearnabilityMeasure = "mean_logprob",
     git_revision: str | None = None,
 ) -> str:
     """Write a checkpoint whole: a kill at any moment leaves the older one or the new one to be read.
@@ -134,6 +137,7 @@ def write_checkpoint(
         facts=model.facts,
         versions={name: importlib.metadata.version(name) for name in ("persyn", "torch", "transformers")},
         git_revision=git_revision,
+        learnability=learnability,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     )
     content = asdict(manifest)
@@ -220,8 +224,11 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
 
 def _manifest(content: Mapping[str, Any]) -> Manifest:
     known = {item.name for item in fields(Manifest)}
-    if set(content) != known:
+    # Older checkpoints do not name their measure, which was the default.
+    if {*content, "learnability"} != known:
         raise ValueError(f"its keys are {sorted(content)}, expected {sorted(known)}")
+    if content.get("learnability", "mean_logprob") not in get_args(LearnabilityMeasure):
+        raise ValueError(f"its learnability is {content['learnability']!r}")
     parts = {
         "student": StudentFacts(**content["student"]),
         "teachers": tuple(TeacherSummary(**teacher) for teacher in content["teachers"]),

@@ -6,6 +6,7 @@ import re
 import unicodedata
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, NoReturn
 
 from router_model.errors import QualityError
@@ -167,6 +168,22 @@ def count_sentences(text: str) -> int:
     """
     has_capitals = any(char.isupper() for char in text)
     return sum(_sentences_in_block(block, has_capitals) for block in _BLANK_LINES.split(text.strip()))
+
+
+def sentence_starts(block: str) -> list[int]:
+    """Character at which each sentence of a text without blank lines begins; the first begins at 0.
+
+    Sentences end as for ``count_sentences``. Marks without a word belong to the sentence before them.
+    """
+    has_capitals = any(char.isupper() for char in block)
+    ends = [
+        match.end() for match in _TERMINATOR.finditer(block) if _ends_sentence(block, match, has_capitals)
+    ]
+    starts = [0]
+    for start, end in pairwise([*ends, len(block)]):
+        if _WORD.search(block, start, end):
+            starts.append(start)
+    return starts
 
 
 def _sentences_in_block(block: str, has_capitals: bool) -> int:

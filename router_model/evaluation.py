@@ -116,6 +116,7 @@ def evaluate(
         "n_prompts": held.table.n_prompts,
         "n_teachers": held.table.n_teachers,
         "alpha": manifest.alpha,
+        "learnability": manifest.learnability,
         "checkpoint_id": manifest.checkpoint_id,
         "student": manifest.student.id,
         "head": manifest.heads["strength"],

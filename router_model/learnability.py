@@ -1,35 +1,45 @@
-"""Learnability: how likely the student already finds a teacher's response.
+"""Learnability: how close a teacher's response is to what the student itself would say.
 
-Equation (1) of PerSyn (arXiv 2510.10925): the mean log-probability per response token under the student
-before any training, in nats, with the prompt as context through the student's chat template:
+One forward pass of the student before any training, with the prompt as context through the student's chat
+template, gives the log-probability and the rank of each response token; ``learnability_measures`` makes
+numbers of them. The mean log-probability is equation (1) of PerSyn (arXiv 2510.10925), in nats:
 
     r_l(y, theta) = (1 / |y|) * sum_t log p_theta(y_t | y_<t, x)
 
 Only response tokens count; the end-of-turn token is not one of them (see ``encode_chat_pair``).
 
-All teachers answer the same prompt, so a prompt is read once for all its responses: the responses follow
-it in one row, each at the positions right after the prompt, and a mask lets each see the prompt and
-itself alone. A student whose layers do not take such a mask reads prompt and response pair by pair.
+The local measure judges each step of a response given the prompt and the four steps before it, and so must
+hide the steps before those: the sixth step and each later one are read once more, in a window of five
+steps. That is up to five times the response tokens, and only done where it is asked for.
+
+All teachers answer the same prompt, so a prompt is read once for all its responses (see ``branches``). A
+student whose layers do not take such a mask reads prompt and response pair by pair.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM
 
 from clients.types import ChatMessage
-from router_model.backbone import (
-    length_batches,
-    load_pretrained,
-    load_tokenizer,
-    locate_model,
-    max_positions,
-)
+from router_model.backbone import load_pretrained, load_tokenizer, locate_model, max_positions
+from router_model.branches import Branch, BranchBatch, branch_batches, make_batch, pack
 from router_model.errors import RouterError
-from router_model.tokenization import encode_chat_prompt, plain_ids
+from router_model.learnability_measures import (
+    CONTEXT_STEPS,
+    local_logprob,
+    mean_logprob,
+    rank_surprisal,
+    step_lengths,
+    step_starts,
+)
+from router_model.tokenization import encode_chat_prompt, plain_ids, sanitize, token_starts
 
 MAX_PROMPT_TOKENS = 2048
 """A longer prompt keeps its end, where the response begins."""
@@ -39,9 +49,6 @@ MAX_RESPONSE_TOKENS = 512
 
 _CHARS_PER_TOKEN = 32
 """Characters of a response read per token of its limit; real text has 1 to 6."""
-
-_ROW_TOKENS = 512
-"""Length of a packed row: the cost of attention grows with its square, matrix products are full by then."""
 
 _LOGIT_ROWS = 512
 """Positions whose logits exist at once: 512 x 49152 float32 are 100 MB."""
@@ -53,16 +60,22 @@ _TOLERANCE_NATS = 1e-3
 class LearnabilityScore:
     """Learnability of one response.
 
+    A measure is NaN for a response without tokens, for which it is undefined: the caller treats it as a
+    missing cell, never as a number.
+
     Attributes:
-        mean_logprob: Nats per response token, at most 0. NaN for a response without tokens, whose mean is
-            undefined: the caller treats it as a missing cell, never as a number.
+        mean_logprob: Nats per response token, at most 0; higher is closer to the student.
+        rank_surprisal: Rank per nat, above 0; lower is closer.
         n_tokens: Response tokens that count.
         truncated: Whether the prompt or the response was cut to its limit.
+        local_logprob: Nats per token, mean over steps, at most 0; higher is closer. None if not asked for.
     """
 
     mean_logprob: float
+    rank_surprisal: float
     n_tokens: int
     truncated: bool
+    local_logprob: float | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -87,48 +100,47 @@ class Student:
 
 
 @dataclass(frozen=True, slots=True)
-class _Pair:
+class _Response:
+    """One pair as tokens. ``step_lengths`` is empty where the local measure is not asked for."""
+
     index: int
     prompt: tuple[int, ...]
-    response: tuple[int, ...]
+    tokens: tuple[int, ...]
     truncated: bool
+    step_lengths: tuple[int, ...]
 
-    @property
-    def n_tokens(self) -> int:
-        return len(self.prompt) + len(self.response)
+    def branches(self) -> list[Branch]:
+        """What is read: the response, and a window for each step that must not see all that is before it."""
+        branches = [Branch(self.index, self.prompt, self.tokens)]
+        ends = list(accumulate(self.step_lengths, initial=0))
+        for step in range(CONTEXT_STEPS + 1, len(self.step_lengths)):
+            first, own, end = ends[step - CONTEXT_STEPS], ends[step], ends[step + 1]
+            branches.append(Branch(self.index, self.prompt, self.tokens[first:end], step, own - first))
+        return branches
+
+    def score(self, found: Mapping[int, "_TokenScores"]) -> LearnabilityScore:
+        """All measures, from the token scores of each branch by its step."""
+        whole = found[0]
+        local = None
+        if self.step_lengths:
+            bounds = list(accumulate(self.step_lengths))[:-1]
+            steps = np.split(whole.logprobs_T, bounds)
+            windows = {step: scores.logprobs_T for step, scores in found.items() if step}
+            local = local_logprob([windows.get(step, own) for step, own in enumerate(steps)])
+        return LearnabilityScore(
+            mean_logprob=mean_logprob(whole.logprobs_T),
+            rank_surprisal=rank_surprisal(whole.logprobs_T, whole.ranks_T),
+            n_tokens=len(self.tokens),
+            truncated=self.truncated,
+            local_logprob=local,
+        )
 
 
-@dataclass(slots=True)
-class _Row:
-    """One sequence for the model: prompts, each followed by some of its responses."""
+class _TokenScores(NamedTuple):
+    """Log-probability in nats, and rank from 1, of each scored token."""
 
-    groups: list[tuple[tuple[int, ...], list[_Pair]]] = field(default_factory=list)
-    n_tokens: int = 0
-
-    def room_for(self, pair: _Pair) -> int:
-        """Tokens that the pair would add."""
-        shared = bool(self.groups) and self.groups[-1][0] == pair.prompt
-        return len(pair.response) if shared else pair.n_tokens
-
-    def add(self, pair: _Pair) -> None:
-        self.n_tokens += self.room_for(pair)
-        if not self.groups or self.groups[-1][0] != pair.prompt:
-            self.groups.append((pair.prompt, []))
-        self.groups[-1][1].append(pair)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Batch:
-    """Rows padded on the right. A token's branch is its response or prompt, its root its prompt."""
-
-    pairs: list[_Pair]
-    ids_BT: torch.Tensor
-    positions_BT: torch.Tensor
-    branch_BT: torch.Tensor
-    root_BT: torch.Tensor
-    picked: torch.Tensor
-    """Index into the flattened rows of the token before each response token."""
-    targets: torch.Tensor
+    logprobs_T: NDArray[np.float64]
+    ranks_T: NDArray[np.int64]
 
 
 def load_student(name: str) -> Student:
@@ -167,135 +179,120 @@ def score_learnability(
     student: Student,
     pairs: Sequence[tuple[Sequence[ChatMessage], str]],
     *,
+    with_local: bool = False,
     token_budget: int = 4096,
     progress: Callable[[int], None] | None = None,
 ) -> list[LearnabilityScore]:
-    """Mean log-probability of each response, in input order.
+    """Learnability of each response, in input order.
 
     A prompt keeps its last ``MAX_PROMPT_TOKENS`` tokens, a response its first ``MAX_RESPONSE_TOKENS``, fewer
-    for a student with fewer positions. Company and order change a value by less than 1e-3 nats.
+    for a student with fewer positions. Company and order change a log-probability by less than 1e-3 nats.
 
     Args:
         student: From ``load_student``.
         pairs: Prompt messages and response. Pairs of one prompt share its cost if they come in one call.
+        with_local: Whether ``local_logprob`` is wanted, which reads long responses several times.
         token_budget: Padded tokens per forward pass; a longer pair goes alone.
         progress: Called with the number of pairs done since the last call.
 
     Raises:
-        RouterError: The student's chat template does not take a prompt; ``details["index"]`` says which.
+        RouterError: The student's chat template does not take a prompt; ``details["index"]`` says which. Or
+            its tokenizer does not tell where tokens begin, which ``with_local`` needs.
     """
     scores: dict[int, LearnabilityScore] = {}
-    filled: list[_Pair] = []
-    for pair in _encode(student, pairs):
-        if pair.response:
-            filled.append(pair)
+    pending: dict[int, _Response] = {}
+    for response in _encode(student, pairs, with_local=with_local):
+        if response.tokens:
+            pending[response.index] = response
         else:
-            scores[pair.index] = LearnabilityScore(math.nan, 0, pair.truncated)
+            undefined = math.nan if with_local else None
+            scores[response.index] = LearnabilityScore(
+                math.nan, math.nan, 0, response.truncated, local_logprob=undefined
+            )
     if progress is not None and scores:
         progress(len(scores))
-    for rows, shared in _batches(student, filled, token_budget):
-        batch = _make_batch(rows)
-        logprobs = _token_logprobs(student, batch, shared=shared).double()
-        parts = torch.split_with_sizes(logprobs, [len(pair.response) for pair in batch.pairs])
-        for pair, part in zip(batch.pairs, parts, strict=True):
-            scores[pair.index] = LearnabilityScore(float(part.mean()), len(part), pair.truncated)
+    for index, found in _read(student, pending.values(), token_budget):
+        scores[index] = pending[index].score(found)
         if progress is not None:
-            progress(len(batch.pairs))
+            progress(1)
     return [scores[index] for index in range(len(pairs))]
 
 
-def _encode(student: Student, pairs: Sequence[tuple[Sequence[ChatMessage], str]]) -> Iterator[_Pair]:
+def _encode(
+    student: Student, pairs: Sequence[tuple[Sequence[ChatMessage], str]], *, with_local: bool
+) -> Iterator[_Response]:
     max_chars = student.max_response_tokens * _CHARS_PER_TOKEN
-    responses = plain_ids(student.tokenizer, [response[:max_chars] for _, response in pairs])
-    for index, ((messages, text), response) in enumerate(zip(pairs, responses, strict=True)):
+    texts = [sanitize(text[:max_chars]) for _, text in pairs]
+    ids = plain_ids(student.tokenizer, texts)
+    starts = token_starts(student.tokenizer, texts) if with_local else None
+    for index, ((messages, whole_text), response) in enumerate(zip(pairs, ids, strict=True)):
         try:
             prompt = encode_chat_prompt(student.tokenizer, messages)
         except RouterError as error:
             raise RouterError(f"pair {index}: {error.message}", details={"index": index}) from error
         kept = response[: student.max_response_tokens]
-        cut = len(prompt) > student.max_prompt_tokens or len(kept) < len(response) or len(text) > max_chars
+        cut = len(prompt) > student.max_prompt_tokens or len(kept) < len(response)
         # Without template and beginning-of-text token an empty prompt has no token to predict from.
         context = tuple(prompt[-student.max_prompt_tokens :]) or (student.tokenizer.eos_token_id or 0,)
-        yield _Pair(index, context, tuple(kept), cut)
+        lengths = step_lengths(step_starts(texts[index]), starts[index][: len(kept)]) if starts else []
+        yield _Response(
+            index, context, tuple(kept), cut or len(whole_text) > max_chars, step_lengths=tuple(lengths)
+        )
 
 
-def _batches(student: Student, pairs: list[_Pair], token_budget: int) -> Iterator[tuple[list[_Row], bool]]:
-    """Rows that go through the model together, and whether their pairs share prompts."""
-    sharing = [pair for pair in pairs if pair.n_tokens <= student.shared_tokens]
-    alone = [pair for pair in pairs if pair.n_tokens > student.shared_tokens]
-    for rows, shared in ((_pack(sharing, token_budget), True), (_pack(alone, 0), False)):
-        for batch in length_batches([row.n_tokens for row in rows], token_budget=token_budget):
-            yield [rows[index] for index in batch], shared
+def _read(
+    student: Student, responses: Collection[_Response], token_budget: int
+) -> Iterator[tuple[int, dict[int, _TokenScores]]]:
+    """The token scores of each response, branch by branch, as soon as all its branches have been read."""
+    branches_of = {response.index: response.branches() for response in responses}
+    found: dict[int, dict[int, _TokenScores]] = {index: {} for index in branches_of}
+    branches = [branch for own in branches_of.values() for branch in own]
+    for rows, shared in branch_batches(
+        branches, token_budget=token_budget, shared_tokens=student.shared_tokens
+    ):
+        batch = make_batch(rows)
+        logprobs, ranks = _token_scores(student, batch, shared=shared)
+        sizes = [len(branch.scored) for branch in batch.branches]
+        parts = (torch.split_with_sizes(values, sizes) for values in (logprobs, ranks))
+        for branch, own_logprobs, own_ranks in zip(batch.branches, *parts, strict=True):
+            own = found[branch.index]
+            own[branch.step] = _TokenScores(own_logprobs.numpy(), own_ranks.numpy())
+            if len(own) == len(branches_of[branch.index]):
+                yield branch.index, found.pop(branch.index)
 
 
-def _pack(pairs: list[_Pair], token_budget: int) -> list[_Row]:
-    """Rows of pairs. A row ends at ``_ROW_TOKENS``, later if most of it would be a long prompt again."""
-    rows: list[_Row] = []
-    for pair in sorted(pairs, key=lambda pair: (len(pair.prompt), pair.prompt, len(pair.response))):
-        limit = min(token_budget, max(_ROW_TOKENS, 3 * len(pair.prompt)))
-        if not rows or rows[-1].n_tokens + rows[-1].room_for(pair) > limit:
-            rows.append(_Row())
-        rows[-1].add(pair)
-    return rows
-
-
-def _make_batch(rows: Sequence[_Row]) -> _Batch:
-    width = max(row.n_tokens for row in rows)
-    ids_BT = torch.zeros(len(rows), width, dtype=torch.long)
-    positions_BT = torch.zeros_like(ids_BT)
-    branch_BT = torch.full_like(ids_BT, -1)
-    root_BT = torch.full_like(ids_BT, -1)
-    pairs: list[_Pair] = []
-    picked: list[int] = []
-    for row_index, row in enumerate(rows):
-        start = 0
-        for prompt, members in row.groups:
-            root = start
-            pieces = [(prompt, 0), *((pair.response, len(prompt)) for pair in members)]
-            for piece, position in pieces:
-                end = start + len(piece)
-                ids_BT[row_index, start:end] = torch.tensor(piece)
-                positions_BT[row_index, start:end] = torch.arange(position, position + len(piece))
-                branch_BT[row_index, start:end] = start
-                root_BT[row_index, start:end] = root
-                if position:
-                    before = [root + len(prompt) - 1, *range(start, end - 1)]
-                    picked += [row_index * width + slot for slot in before]
-                start = end
-            pairs += members
-    targets = torch.tensor([token for pair in pairs for token in pair.response])
-    return _Batch(pairs, ids_BT, positions_BT, branch_BT, root_BT, torch.tensor(picked), targets)
-
-
-def _token_logprobs(student: Student, batch: _Batch, *, shared: bool) -> torch.Tensor:
-    """Log-probability of each response token, float32, pair after pair."""
+def _token_scores(student: Student, batch: BranchBatch, *, shared: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probability (float64) and rank (int64) of each scored token, branch after branch."""
     inputs: dict[str, Any] = {"input_ids": batch.ids_BT, "use_cache": False}
     if shared:
-        inputs |= {"attention_mask": _branch_mask(batch), "position_ids": batch.positions_BT}
+        inputs |= {"attention_mask": batch.branch_mask(), "position_ids": batch.positions_BT}
     else:
-        inputs["attention_mask"] = (batch.branch_BT >= 0).long()
+        inputs["attention_mask"] = batch.padding_mask()
     with torch.inference_mode():
         if student.body is None:
             states = student.model(**inputs).logits.flatten(0, 1)[batch.picked]
         else:
             states = student.body(**inputs).last_hidden_state.flatten(0, 1)[batch.picked]
-        logprobs = []
+        parts = []
         for start in range(0, len(states), _LOGIT_ROWS):
-            part, targets = states[start : start + _LOGIT_ROWS], batch.targets[start : start + _LOGIT_ROWS]
+            part = states[start : start + _LOGIT_ROWS]
             logits = (part if student.body is None else student.head(part)).float()
-            chosen = logits.gather(1, targets[:, None])[:, 0]
-            logprobs.append(chosen - logits.logsumexp(dim=1))
-    return torch.cat(logprobs)
+            parts.append(_logprobs_and_ranks(logits, batch.targets[start : start + _LOGIT_ROWS]))
+    logprobs, ranks = zip(*parts, strict=True)
+    return torch.cat(logprobs), torch.cat(ranks)
 
 
-def _branch_mask(batch: _Batch) -> torch.Tensor:
-    """Additive mask (B, 1, T, T): a token sees its own branch and its prompt, up to itself."""
-    branch_BT, root_BT = batch.branch_BT, batch.root_BT
-    same_BTT = branch_BT[:, :, None] == branch_BT[:, None, :]
-    prompt_BTT = root_BT[:, :, None] == branch_BT[:, None, :]
-    allowed_BTT = (same_BTT | prompt_BTT).tril()
-    mask_BTT = torch.zeros(allowed_BTT.shape).masked_fill(~allowed_BTT, torch.finfo(torch.float32).min)
-    return mask_BTT[:, None]
+def _logprobs_and_ranks(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probability and rank of each row's target. The logits are overwritten.
+
+    -log p_t = log(1 + sum_{v != t} exp(l_v - l_t)): unlike l_t - logsumexp(l) it keeps its digits where p is
+    close to 1, so that the surprisal of an easy response is no rounding error.
+    """
+    chosen = logits.gather(1, targets[:, None])
+    ranks = 1 + (logits > chosen).sum(dim=1)
+    others = logits.scatter_(1, targets[:, None], -math.inf).logsumexp(dim=1)
+    odds = others.double() - chosen[:, 0].double()
+    return -torch.logaddexp(odds, torch.zeros_like(odds)), ranks
 
 
 def _attention_window(config: Any) -> float:
@@ -313,12 +310,11 @@ def _agrees(student: Student, plain: Student, *, shared: bool) -> bool:
     size = int(student.model.config.get_text_config().vocab_size)
     prompt = tuple(token % size for token in (11, 23, 5, 42, 17))
     responses = [tuple(token % size for token in tokens) for tokens in ((31, 8, 77), (9, 64, 3, 12))]
-    pairs = [_Pair(index, prompt, response, truncated=False) for index, response in enumerate(responses)]
+    branches = [Branch(index, prompt, response) for index, response in enumerate(responses)]
+    rows = pack(branches, token_budget=0)
     try:
-        fast = _token_logprobs(
-            student, _make_batch(_pack(pairs, _ROW_TOKENS if shared else 0)), shared=shared
-        )
+        fast, _ = _token_scores(student, make_batch(pack(branches) if shared else rows), shared=shared)
     except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
         return False  # not made for such inputs: the plain way stays
-    expected = _token_logprobs(plain, _make_batch(_pack(pairs, 0)), shared=False)
+    expected, _ = _token_scores(plain, make_batch(rows), shared=False)
     return fast.shape == expected.shape and bool((fast - expected).abs().max() < _TOLERANCE_NATS)

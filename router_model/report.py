@@ -3,6 +3,11 @@
 from collections.abc import Mapping
 from typing import Any
 
+_MEASURES = {
+    "mean_logprob": "mean log-probability, nats per token",
+    "rank_surprisal": "minus the rank-surprisal ratio",
+    "local_logprob": "local log-probability, nats per token",
+}
 _NAMES = {
     "oracle": "oracle (all teachers asked)",
     "persyn": "**PerSyn router**",
@@ -60,7 +65,8 @@ def report_markdown(report: Mapping[str, Any]) -> str:
         "|---|--:|--:|--:|--:|--:|--:|--:|",
         *(_method_line(name, facts) for name, facts in methods),
         "",
-        "Reward is normalised within each prompt; quality and learnability (nats per token) are raw means.",
+        "Reward is normalised within each prompt; quality and learnability "
+        f"({_MEASURES[report['learnability']]}) are raw means.",
         "",
         "![Reward of each method](methods.png)",
         "",

@@ -14,6 +14,8 @@ from router_model.errors import RouterError
 FloatArray = NDArray[np.float64]
 BoolArray = NDArray[np.bool_]
 Normalization = Literal["minmax", "zscore", "rank", "none"]
+LearnabilityMeasure = Literal["mean_logprob", "rank_surprisal", "local_logprob"]
+"""What learnability is measured by; the measures are defined in ``learnability_measures``."""
 
 
 def normalize(values_NM: FloatArray, mask_NM: BoolArray, method: Normalization = "minmax") -> FloatArray:
@@ -75,7 +77,7 @@ def mix_reward(
 
     Args:
         quality_NM: Quality, higher is better.
-        learnability_NM: Mean log-probability per response token under the student, nats; None if unknown.
+        learnability_NM: Closeness to the student, higher is closer; None if unknown.
         mask_NM: Which cells are present.
         alpha: Weight of learnability, in [0, 1].
         normalization: How both terms are brought to one scale within each prompt.

@@ -202,6 +202,8 @@ def compatibility_adjusted_reward(
     Raises:
         StrategyError: The table had no learnability, or one that is no log-probability.
     """
+    if manifest.learnability == "rank_surprisal":
+        raise StrategyError("car needs learnability in log-probabilities, and the router has rank_surprisal")
     losses = [teacher.mean_learnability for teacher in teachers]
     if any(loss is None for loss in losses):
         raise StrategyError("car needs learnability, and the score table had none")

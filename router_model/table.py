@@ -13,12 +13,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from router_model.errors import TableError
+from router_model.reward import LearnabilityMeasure
 
 FloatArray = NDArray[np.float64]
 BoolArray = NDArray[np.bool_]
 
 REQUIRED_COLUMNS = ("prompt_id", "prompt", "teacher", "quality")
-OPTIONAL_COLUMNS = ("learnability", "n_tokens", "cost_usd", "family", "size_b", "split")
+LEARNABILITY_COLUMNS: Mapping[LearnabilityMeasure, str] = {
+    "mean_logprob": "learnability",
+    "rank_surprisal": "rank_surprisal",
+    "local_logprob": "local_logprob",
+}
+"""Column of each measure of learnability."""
+
+OPTIONAL_COLUMNS = (*LEARNABILITY_COLUMNS.values(), "n_tokens", "cost_usd", "family", "size_b", "split")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -35,7 +43,8 @@ class ScoreTable:
     quality_NM: FloatArray
     """Higher is better, any scale."""
     learnability_NM: FloatArray | None
-    """Mean log-probability per response token under the student, nats. None if the table has none."""
+    """Closeness to the student, higher is closer: log-probability in nats, or minus the rank-surprisal ratio,
+    as ``read_table`` was asked. None if the table has none."""
     mask_NM: BoolArray
     split_N: tuple[str | None, ...]
     """``train``, ``test`` or None for each prompt."""
@@ -97,15 +106,18 @@ def prompt_sha256(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def read_table(path: str | Path) -> ScoreTable:
+def read_table(path: str | Path, *, learnability: LearnabilityMeasure = "mean_logprob") -> ScoreTable:
     """Read a score table in long form: one row per prompt and teacher.
 
     Args:
         path: A ``.parquet`` or ``.jsonl`` file with at least ``prompt_id``, ``prompt``, ``teacher``,
             ``quality``.
+        learnability: The measure that becomes ``learnability_NM``. ``rank_surprisal``, of which lower is
+            closer to the student, is negated.
 
     Raises:
-        TableError: With the row at fault, when the file or one of its rows is malformed.
+        TableError: With the row at fault, when the file or one of its rows is malformed. Or the table has no
+            value of a measure other than ``mean_logprob``, without which a table can be read.
     """
     file = Path(path)
     if not file.is_file():
@@ -116,7 +128,7 @@ def read_table(path: str | Path) -> ScoreTable:
         rows = _jsonl_rows(file)
     else:
         raise TableError(file, f"unknown format {file.suffix!r}: expected .parquet or .jsonl")
-    builder = _TableBuilder(file)
+    builder = _TableBuilder(file, learnability)
     for line, row in rows:
         builder.add(line, row)
     return builder.build()
@@ -191,6 +203,7 @@ class _TableBuilder:
     """Collects rows, checks them against each other, and builds the arrays."""
 
     file: Path
+    measure: LearnabilityMeasure
     prompts: dict[str, str] = field(default_factory=dict)
     splits: dict[str, str | None] = field(default_factory=dict)
     families: dict[str, str | None] = field(default_factory=dict)
@@ -213,8 +226,10 @@ class _TableBuilder:
         quality = self._number(line, row, "quality", where)
         if quality is None:
             raise self._error(line, f"{where}: quality is null; a missing answer is a missing row, never NaN")
-        values = {"quality": quality, "learnability": self._number(line, row, "learnability", where)}
-        for name in ("n_tokens", "cost_usd"):
+        values: dict[str, float | None] = {"quality": quality}
+        for name in ("learnability", "local_logprob"):
+            values[name] = self._number(line, row, name, where)
+        for name in ("rank_surprisal", "n_tokens", "cost_usd"):
             values[name] = self._number(line, row, name, where, least=0.0)
         self.cells[prompt_id, teacher] = _Cell(line, values)
         self._add_split(line, prompt_id, row.get("split"))
@@ -232,15 +247,21 @@ class _TableBuilder:
         row_of = {prompt_id: n for n, prompt_id in enumerate(prompt_ids)}
         column_of = {teacher: m for m, teacher in enumerate(teachers)}
         values: dict[str, FloatArray] = {}
+        measured = LEARNABILITY_COLUMNS[self.measure]
         for name in ("quality", "learnability", "n_tokens", "cost_usd"):
+            column = measured if name == "learnability" else name
             array_NM = np.full((len(prompt_ids), len(teachers)), np.nan)
             for (prompt_id, teacher), cell in self.cells.items():
-                value = cell.values[name]
+                value = cell.values[column]
                 array_NM[row_of[prompt_id], column_of[teacher]] = np.nan if value is None else value
             if not np.isnan(array_NM).all():
                 values[name] = array_NM
         if "learnability" in values:
-            self._require_all_learnability()
+            self._require_all(measured)
+        elif self.measure != "mean_logprob":
+            raise self._without_measure(measured)
+        if self.measure == "rank_surprisal":
+            values["learnability"] = -values["learnability"]
         return _assemble(
             prompt_ids=prompt_ids,
             prompts=tuple(self.prompts.values()),
@@ -252,13 +273,22 @@ class _TableBuilder:
             source=str(self.file),
         )
 
-    def _require_all_learnability(self) -> None:
+    def _require_all(self, column: str) -> None:
         """Learnability is there for every present cell or for none: half a reward cannot be compared."""
         for (prompt_id, teacher), cell in self.cells.items():
-            if cell.values["learnability"] is None:
+            if cell.values[column] is None:
                 where = f"prompt {prompt_id!r}, teacher {teacher!r}"
-                reason = f"{where}: learnability is missing here but not elsewhere"
+                reason = f"{where}: {column} is missing here but not elsewhere"
                 raise self._error(cell.line, f"{reason}; fill every row or leave the column out")
+
+    def _without_measure(self, column: str) -> TableError:
+        present = [
+            name
+            for name in LEARNABILITY_COLUMNS.values()
+            if any(cell.values[name] is not None for cell in self.cells.values())
+        ]
+        has = f"of the columns of learnability it has {', '.join(present)}" if present else "it has no other"
+        return TableError(self.file, f"has no {column} in any row; {has}. Score the responses with it first")
 
     def _add_split(self, line: int, prompt_id: str, split: Any) -> None:
         if split not in ("train", "test", None):

@@ -107,16 +107,36 @@ def encode_prompts(
 
 def plain_ids(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str]) -> list[list[int]]:
     """Ids of texts as ordinary text: no control token is added, none is recognised in the text."""
+    return [list(ids) for ids in _plain_encoding(tokenizer, texts).get("input_ids", [])]
+
+
+def token_starts(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str]) -> list[list[int]]:
+    """Character of the sanitized text at which each token of ``plain_ids`` begins.
+
+    Raises:
+        RouterError: The tokenizer does not tell.
+    """
+    if not tokenizer.is_fast:
+        raise RouterError(f"{type(tokenizer).__name__} does not tell where in the text its tokens begin")
+    encoded = _plain_encoding(tokenizer, texts, return_offsets_mapping=True)
+    return [[start for start, _ in offsets] for offsets in encoded.get("offset_mapping", [])]
+
+
+def _plain_encoding(
+    tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str], **options: bool
+) -> Mapping[str, Any]:
+    """What the tokenizer makes of texts as ordinary text; nothing for no texts."""
     if not texts:
-        return []
-    encoded = tokenizer(
+        return {}
+    encoded: Mapping[str, Any] = tokenizer(
         [sanitize(text) for text in texts],
         add_special_tokens=False,
         split_special_tokens=True,
         return_attention_mask=False,
         verbose=False,
+        **options,
     )
-    return [list(ids) for ids in encoded["input_ids"]]
+    return encoded
 
 
 def control_frame(tokenizer: "PreTrainedTokenizerBase") -> tuple[list[int], list[int]]:

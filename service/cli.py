@@ -62,6 +62,7 @@ app = typer.Typer(
 )
 
 HeadName = Literal["auto", "constant", "ridge", "bt"]
+MeasureName = Literal["mean_logprob", "rank_surprisal", "local_logprob"]
 
 ConfigOption = Annotated[Path, typer.Option("-c", "--config", help="The project file.")]
 RunOption = Annotated[Path, typer.Option("--run", help="Folder of the run.")]
@@ -126,10 +127,11 @@ def check(
 ) -> None:
     """Validate the project; probe teachers, cache, models and checkpoints. Exit 1 if something would fail."""
     from router_model.pipeline.check import check_project, check_scores
+    from router_model.pipeline.config import load_project
 
     findings = [*check_project(config), _check_cache(config)]
     if scores is not None:
-        findings.append(check_scores(scores))
+        findings.append(check_scores(scores, load_project(config).reward.learnability))
     table = Table("", "what", "finding", box=None)
     marks = {"ok": "[green]ok[/green]", "warning": "[yellow]warn[/yellow]", "failed": "[red]FAIL[/red]"}
     for finding in findings:
@@ -199,6 +201,9 @@ def train(
     student: Annotated[str, typer.Option("--student", help="Student id.")] = "student",
     student_family: Annotated[str | None, typer.Option("--student-family")] = None,
     alpha: Annotated[float, typer.Option("--alpha", min=0.0, max=1.0, help="Weight of learnability.")] = 0.4,
+    learnability: Annotated[
+        MeasureName, typer.Option("--learnability", help="Measure of learnability.")
+    ] = "mean_logprob",
     head: Annotated[HeadName, typer.Option("--head")] = "auto",
     max_tokens: Annotated[int, typer.Option("--max-tokens", min=8)] = 2048,
     seed: SeedOption = 0,
@@ -213,6 +218,7 @@ def train(
         backbone=backbone,
         head=head,
         alpha=alpha,
+        learnability=learnability,
         seed=seed,
         max_tokens=max_tokens,
     )

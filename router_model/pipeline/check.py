@@ -16,6 +16,7 @@ from router_model.inference import backbone_location
 from router_model.pipeline.collect import calibration_prompts, quality_scorer
 from router_model.pipeline.config import ProjectFile, StudentSection, load_project
 from router_model.pipeline.score import split_of
+from router_model.reward import LearnabilityMeasure
 from router_model.table import read_table
 
 State = Literal["ok", "warning", "failed"]
@@ -56,11 +57,11 @@ def check_project(path: Path) -> list[Finding]:
     return findings
 
 
-def check_scores(path: Path) -> Finding:
-    """Whether a score table can be read whole."""
+def check_scores(path: Path, learnability: LearnabilityMeasure) -> Finding:
+    """Whether a score table can be read whole, and has the project's measure of learnability."""
 
     def read() -> str:
-        table = read_table(path)
+        table = read_table(path, learnability=learnability)
         return f"{table.n_prompts} prompts x {table.n_teachers} teachers"
 
     return _attempt(f"scores {path}", read)

@@ -21,6 +21,7 @@ from pydantic import (
 from clients.canonical import canonical_json
 from clients.errors import ConfigurationError
 from clients.types import License, Limits, Price, Project, StudentSpec, TeacherSpec
+from router_model.reward import LearnabilityMeasure
 
 HeadChoice = Literal["auto", "constant", "ridge", "bt"]
 
@@ -165,6 +166,10 @@ class RewardSection(_Section):
 
     alpha: Annotated[float, Field(ge=0, le=1)] = 0.4
     normalize: Literal["minmax", "zscore", "rank", "none"] = "minmax"
+    learnability: LearnabilityMeasure = Field(
+        "mean_logprob",
+        description="Measure of learnability. local_logprob reads the responses up to five times more.",
+    )
 
 
 class RouterSection(_Section):
@@ -398,7 +403,8 @@ calibration: {prompts: prompts.jsonl, sample: 2500, seed: 0}
 quality: {kind: verifiable}
 
 # reward = (1 - alpha) * quality + alpha * learnability, both normalised within the prompt.
-reward: {alpha: 0.4, normalize: minmax}
+# Learnability is measured by mean_logprob, rank_surprisal or local_logprob.
+reward: {alpha: 0.4, normalize: minmax, learnability: mean_logprob}
 
 router: {backbone: sentence-transformers/all-MiniLM-L6-v2, head: auto, max_tokens: 512}
 """

@@ -23,10 +23,11 @@ def evaluate_router(checkpoint: Path, scores: Path, folder: Path, *, progress: P
 
     Raises:
         CheckpointError: The checkpoint cannot be used.
-        TableError: The table is malformed or leaves no prompt to evaluate on.
+        TableError: The table is malformed, lacks the router's measure of learnability, or leaves no prompt to
+            evaluate on.
     """
-    table = read_table(scores)
     router = Router.load(checkpoint)
+    table = read_table(scores, learnability=router.manifest.learnability)
     held = held_out(table, router.manifest)
     report = evaluate(_score(router, held.table.prompts, progress), held, router.manifest)
     write_json(folder / REPORT_FILE, report)

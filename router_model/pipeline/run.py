@@ -75,6 +75,7 @@ def _train(project: ProjectFile, student: StudentSection, folder: Path, progress
         head=project.router.head,
         alpha=project.reward.alpha,
         normalization=project.reward.normalize,
+        learnability=project.reward.learnability,
         seed=project.calibration.seed,
         max_tokens=project.router.max_tokens,
     )

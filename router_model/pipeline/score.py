@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cache, partial
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -28,7 +28,12 @@ from router_model.pipeline.collect import collected_answers, collected_prompts, 
 from router_model.pipeline.config import ProjectFile, QualitySection, StudentSection
 from router_model.pipeline.progress import Progress
 from router_model.pipeline.prompts import unit_hash
+from router_model.reward import LearnabilityMeasure
+from router_model.table import LEARNABILITY_COLUMNS
 from router_model.tokenization import prompt_text
+
+Value = TypeVar("Value")
+Measured = dict[LearnabilityMeasure, float]
 
 SCORES_FILE = "scores.parquet"
 _CHUNK = 64
@@ -41,6 +46,7 @@ _SCHEMA = pa.schema(
         ("teacher", pa.string()),
         ("quality", pa.float64()),
         ("learnability", pa.float64()),
+        ("rank_surprisal", pa.float64()),
         ("response", pa.string()),
         ("source", pa.string()),
         ("family", pa.string()),
@@ -97,21 +103,21 @@ def score(
     with locked_folder(run_folder):
         items = [_Item(*found) for found in collected_answers(specs, prompts, run_folder)]
         qualities = _qualities(items, project.quality, run_folder, progress)
-        learnabilities = _learnabilities(items, student, run_folder, progress)
+        measures = _measures(project.reward.learnability)
+        learnabilities = _learnabilities(items, student, measures, run_folder, progress)
         rows = [
-            row
+            _row(project, item, quality, learnability)
             for item, quality, learnability in zip(items, qualities, learnabilities, strict=True)
             if learnability is not None
-            for row in [_row(project, item, quality, learnability)]
         ]
         if not rows:
             raise PipelineError(f"{run_folder}: none of the {len(items)} answers could be scored")
         path = run_folder / SCORES_FILE
-        _write_table(path, rows)
+        _write_table(path, rows, measures)
         record_stage(
             run_folder,
             "score",
-            {"quality": project.quality.model_dump(), "student": student.model},
+            {"quality": project.quality.model_dump(), "student": student.model, "learnability": measures},
             {"n_rows": len(rows), "sha256": file_sha256(path)},
         )
     return ScoreResult(
@@ -137,16 +143,28 @@ def _qualities(
     return _journalled(items, keys, run_folder / "quality.jsonl", judge, progress)
 
 
+def _measures(wanted: LearnabilityMeasure) -> list[LearnabilityMeasure]:
+    """What is measured: all that one forward pass gives, and the local measure where it is wanted."""
+    measures: list[LearnabilityMeasure] = ["mean_logprob", "rank_surprisal"]
+    return [*measures, "local_logprob"] if wanted == "local_logprob" else measures
+
+
 def _learnabilities(
-    items: Sequence[_Item], student: StudentSection, run_folder: Path, progress: Progress
-) -> list[float | None]:
-    keys = [item.key(f"mean_logprob {model_identity(student.model)}") for item in items]
+    items: Sequence[_Item],
+    student: StudentSection,
+    measures: Sequence[LearnabilityMeasure],
+    run_folder: Path,
+    progress: Progress,
+) -> list[Measured | None]:
+    """The measures of each answer by name; None where they are undefined."""
+    # The names are in the key: an entry without one of the measures is not the answer to this question.
+    keys = [item.key(f"{' '.join(measures)} {model_identity(student.model)}") for item in items]
     load = cache(partial(load_student, student.model))  # a finished run never loads it
 
-    def judge(chunk: Sequence[_Item]) -> list[float | None]:
+    def judge(chunk: Sequence[_Item]) -> list[Measured | None]:
         pairs = [(item.prompt.messages, str(item.answer["response"])) for item in chunk]
         try:
-            scores = score_learnability(load(), pairs)
+            scores = score_learnability(load(), pairs, with_local="local_logprob" in measures)
         except RouterError as error:
             index = error.details.get("index")
             if index is None:
@@ -155,7 +173,10 @@ def _learnabilities(
             progress.note(f"prompt {chunk[index].prompt.id!r} has no learnability: {error.message}")
             rest = judge([*chunk[:index], *chunk[index + 1 :]])
             return [*rest[:index], None, *rest[index:]]
-        return [None if math.isnan(found.mean_logprob) else found.mean_logprob for found in scores]
+        values: list[Measured] = [
+            {measure: float(getattr(found, measure)) for measure in measures} for found in scores
+        ]
+        return [value if all(map(math.isfinite, value.values())) else None for value in values]
 
     return _journalled(items, keys, run_folder / "learnability.jsonl", judge, progress)
 
@@ -164,11 +185,11 @@ def _journalled(
     items: Sequence[_Item],
     keys: Sequence[str],
     path: Path,
-    judge: Callable[[Sequence[_Item]], Sequence[float | None]],
+    judge: Callable[[Sequence[_Item]], Sequence[Value | None]],
     progress: Progress,
-) -> list[float | None]:
+) -> list[Value | None]:
     """The value of each item: from the journal ``path``, or judged now and journalled chunk by chunk."""
-    known: dict[str, float | None] = {record["key"]: record["value"] for record in read_journal(path)}
+    known: dict[str, Value | None] = {record["key"]: record["value"] for record in read_journal(path)}
     missing = [(key, item) for key, item in zip(keys, items, strict=True) if key not in known]
     progress.start(path.stem, total=len(items), done=len(items) - len(missing))
     with Journal(path) as journal:
@@ -195,7 +216,7 @@ def _chunks(keyed: Sequence[tuple[str, _Item]]) -> Iterator[Sequence[tuple[str, 
         yield chunk
 
 
-def _row(project: ProjectFile, item: _Item, quality: float | None, learnability: float) -> dict[str, Any]:
+def _row(project: ProjectFile, item: _Item, quality: float | None, learnability: Measured) -> dict[str, Any]:
     answer, extra = item.answer, item.prompt.extra
     provenance = answer["provenance"]
     return {
@@ -203,7 +224,7 @@ def _row(project: ProjectFile, item: _Item, quality: float | None, learnability:
         "prompt": prompt_text(item.prompt.messages),
         "teacher": item.spec.id,
         "quality": quality,
-        "learnability": learnability,
+        **{LEARNABILITY_COLUMNS[measure]: value for measure, value in learnability.items()},
         "response": answer["response"],
         "source": None if extra.get("source") is None else str(extra["source"]),
         "family": item.spec.family,
@@ -242,7 +263,11 @@ def split_of(project: ProjectFile, prompt: Prompt) -> str:
     return "test" if drawn < calibration.test_fraction else "train"
 
 
-def _write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+def _write_table(
+    path: Path, rows: Sequence[Mapping[str, Any]], measures: Sequence[LearnabilityMeasure]
+) -> None:
     buffer = pa.BufferOutputStream()
-    pq.write_table(pa.Table.from_pylist(list(rows), schema=_SCHEMA), buffer, compression="zstd")
+    local = pa.field("local_logprob", pa.float64())
+    schema = _SCHEMA.append(local) if local.name in measures else _SCHEMA
+    pq.write_table(pa.Table.from_pylist(list(rows), schema=schema), buffer, compression="zstd")
     write_atomically(path, buffer.getvalue().to_pybytes())

@@ -13,7 +13,7 @@ from router_model.model import fit_router
 from router_model.pipeline.artifacts import git_revision
 from router_model.pipeline.config import HeadChoice
 from router_model.pipeline.progress import Progress
-from router_model.reward import Normalization
+from router_model.reward import LearnabilityMeasure, Normalization
 from router_model.table import read_table
 
 _BATCH = 256
@@ -30,6 +30,7 @@ class TrainSettings:
     head: HeadChoice = "auto"
     alpha: float = 0.4
     normalization: Normalization = "minmax"
+    learnability: LearnabilityMeasure = "mean_logprob"
     seed: int = 0
     max_tokens: int = 2048
 
@@ -57,11 +58,11 @@ def train_router(scores: Path, folder: Path, settings: TrainSettings, *, progres
     """Train on the prompts of a score table that are not marked as test prompts.
 
     Raises:
-        TableError: The table is malformed or holds nothing to train on.
+        TableError: The table is malformed, lacks the measure of learnability, or holds nothing to train on.
         RouterError: ``alpha`` > 0 and the table has no learnability.
         BackboneError: The backbone cannot be loaded.
     """
-    table = read_table(scores)
+    table = read_table(scores, learnability=settings.learnability)
     training = table.select(np.array([split != "test" for split in table.split_N]))
     if not training.n_prompts:
         raise TableError(scores, "every prompt is marked as a test prompt; nothing is left to train on")
@@ -96,6 +97,7 @@ def train_router(scores: Path, folder: Path, settings: TrainSettings, *, progres
             width=backbone.width,
         ),
         training=TrainingFacts(training.content_sha256, training.n_prompts, training.prompt_hashes()),
+        learnability=settings.learnability,
         git_revision=git_revision(Path.cwd()),
     )
     return TrainResult(

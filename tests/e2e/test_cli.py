@@ -278,6 +278,41 @@ def test_numbers_out_of_range_are_wrong_usage(tmp_path: Path, options: tuple[str
         assert options[0] in done.stderr
 
 
+def test_a_router_of_another_measure_is_trained_and_judged_by_it(folder: Path, minilm_path: Path) -> None:
+    """``train --learnability`` goes into the manifest, ``evaluate`` reads that measure; a table without it is
+    refused by both."""
+    path = folder / "measured.jsonl"
+    rows = [json.loads(line) for line in (folder / "scores.jsonl").read_text().splitlines()]
+    # By mean log-probability a and b are equal; by the ratio, of which lower is closer, a is.
+    ratios = {"a": 1.5, "b": 4.0}
+    split = {row["prompt_id"]: "test" if int(row["prompt_id"]) > 5 else "train" for row in rows}
+    rows = [
+        {**row, "rank_surprisal": ratios[row["teacher"]], "split": split[row["prompt_id"]]} for row in rows
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    train = ("train", "--backbone", str(minilm_path), "--out", "ratio", "--head", "constant")
+    options = ("--learnability", "rank_surprisal", "--alpha", "1")
+    assert persyn(folder, *train, *options, "--scores", "measured.jsonl").returncode == 0
+    manifest = json.loads((folder / "ratio" / "manifest.json").read_text())
+    assert manifest["learnability"] == "rank_surprisal"
+    assert {teacher["id"]: teacher["mean_learnability"] for teacher in manifest["teachers"]} == {
+        "a": -1.5,
+        "b": -4.0,
+    }
+    evaluate = ("evaluate", "--checkpoint", "ratio", "--out", "ratio report", "--json", "--scores")
+    report = json.loads(persyn(folder, *evaluate, "measured.jsonl").stdout)
+    assert report["learnability"] == "rank_surprisal"
+    assert report["methods"]["persyn"]["mean_learnability"] == -1.5
+    assert report["methods"]["persyn"]["share"]["a"] == 1.0
+    assert any("car is left out" in note and "log-probabilities" in note for note in report["notes"])
+    assert "minus the rank-surprisal ratio" in (folder / "ratio report" / "report.md").read_text()
+    for command in ((*train, *options, "--json", "--scores"), evaluate):
+        refused = json.loads(persyn(folder, *command, "scores.jsonl").stdout)
+        assert refused["error"] == "TableError"
+        assert "no rank_surprisal in any row; of the columns" in refused["detail"]
+    assert persyn(folder, *train, "--scores", "measured.jsonl", "--learnability", "rsr").returncode == 2
+
+
 def test_check_passes_and_then_names_each_fault(folder: Path) -> None:
     """No fault in a good project; one teacher, no test prompt, a bad table, a misspelt setting are."""
     scores = ("--scores", "scores.jsonl")

@@ -77,6 +77,7 @@ def test_an_unknown_key_is_named_with_its_line_and_the_nearest(
         ("version: 1", "version: 2", "version"),
         ("kind: verifiable", "kind: reward_model", "model is needed"),
         ("kind: verifiable", "kind: verifable", "quality.kind"),
+        ("quality:", "reward: {learnability: rsr}\nquality:", "reward.learnability: Input should be"),
         ("version: 1", "version: 1\nversion: 1", "stands twice"),
         ("version: 1", "version: [", "not valid YAML"),
     ],

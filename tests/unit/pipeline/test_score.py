@@ -25,12 +25,13 @@ class Student:
     def __init__(self) -> None:
         self.n_pairs = 0
 
-    def score(self, _loaded: object, pairs: Sequence[Any]) -> list[LearnabilityScore]:
+    def score(self, _loaded: object, pairs: Sequence[Any], *, with_local: bool) -> list[LearnabilityScore]:
         for index, (messages, _) in enumerate(pairs):
             if "forbidden" in messages[-1]["content"]:
                 raise RouterError("the template refuses it", details={"index": index})
         self.n_pairs += len(pairs)
-        return [LearnabilityScore(-1.0, 3, truncated=False) for _ in pairs]
+        local = -0.5 if with_local else None
+        return [LearnabilityScore(-1.0, 2.5, 3, truncated=False, local_logprob=local) for _ in pairs]
 
 
 @pytest.fixture
@@ -81,6 +82,40 @@ def test_score_judges_the_prompts_that_were_collected(
         assert (result.n_rows, result.n_missing, result.n_unscorable) == (6, 0, 0)
     assert student.n_pairs == 6
     assert {row["prompt_id"] for row in pq.read_table(result.path).to_pylist()} == {"one", "two", "three"}
+
+
+def test_another_measure_is_measured_and_not_read_from_older_entries(
+    tmp_path: Path, student: Student, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The table has the ratio always and the local measure where asked for; the journal's entries are kept by
+    the measures they hold, and an entry of a single number is not mistaken for them."""
+    monkeypatch.setenv("SOME_KEY", "key")
+    run, progress = tmp_path / "run", SilentProgress()
+    with FakeTeacher() as teacher:
+        loaded = project(tmp_path, teacher, "one", "two")
+        collect(loaded, run, progress=progress)
+    local = loaded.model_copy(deep=True)
+    local.reward.learnability = "local_logprob"
+    for asked, n_pairs in ((loaded, 4), (local, 8), (loaded, 8), (local, 8)):
+        table = pq.read_table(stage.score(asked, run, progress=progress).path)
+        assert student.n_pairs == n_pairs
+        assert set(table["learnability"].to_pylist()) == {-1.0}
+        assert set(table["rank_surprisal"].to_pylist()) == {2.5}
+        assert ("local_logprob" in table.column_names) == (asked is local)
+    assert set(table["local_logprob"].to_pylist()) == {-0.5}
+    # What an older release wrote: the same answer under a key without the measures.
+    journal = run / "learnability.jsonl"
+    items = [
+        stage._Item(*found)
+        for found in stage.collected_answers(
+            loaded.teacher_specs(with_keys=False), stage.collected_prompts(run), run
+        )
+    ]
+    older = [{"key": item.key(f"mean_logprob {model_identity('m')}"), "value": -9.0} for item in items]
+    journal.write_text("".join(json.dumps(record) + "\n" for record in older))
+    table = pq.read_table(stage.score(loaded, run, progress=progress).path)
+    assert student.n_pairs == 12
+    assert set(table["learnability"].to_pylist()) == {-1.0}
 
 
 def test_a_prompt_that_the_student_refuses_costs_its_own_cells(

@@ -37,6 +37,7 @@ def write(folder: Path, model: RouterModel) -> str:
         student=StudentFacts("student", "qwen"),
         backbone=BackboneFacts("fake", "f" * 64, "mean", 32, 8),
         training=TrainingFacts("d" * 64, 2, ("a" * 64, "b" * 64)),
+        learnability="rank_surprisal",
     )
 
 
@@ -58,6 +59,7 @@ def test_a_checkpoint_brings_the_model_back_bit_by_bit(tmp_path: Path, kind: str
     assert manifest.student == StudentFacts("student", "qwen")
     assert manifest.training.prompt_sha256 == ("a" * 64, "b" * 64)
     assert manifest.heads["strength"] == kind
+    assert manifest.learnability == "rank_surprisal"
     assert sorted(path.name for path in (tmp_path / "deep" / "checkpoint").iterdir()) == [
         HEAD_FILE,
         MANIFEST_FILE,
@@ -128,6 +130,7 @@ def forge(folder: Path, change: Callable[[dict[str, Any]], None], weights: bytes
         (lambda content: content.update(format_version=99), "format version 99"),
         (lambda content: content["teachers"].pop(), "columns for 4 teachers"),
         (lambda content: content.pop("training"), "damaged"),
+        (lambda content: content.update(learnability="vibes"), "learnability is 'vibes'"),
         (lambda content: content["heads"].update(strength="mlp"), "unknown head 'mlp'"),
         (lambda content: content["heads"].pop("quality"), "no head for 'quality'"),
         (lambda content: content["heads"].update(strength="constant"), "expected"),
@@ -141,6 +144,13 @@ def test_a_manifest_that_does_not_fit_is_refused(
     forge(tmp_path, change)
     with pytest.raises(CheckpointError, match=expected):
         read_checkpoint(tmp_path)
+
+
+def test_an_older_checkpoint_is_of_mean_logprob(tmp_path: Path) -> None:
+    """A manifest from before there was a choice of measures is read as what it was."""
+    write(tmp_path, train())
+    forge(tmp_path, lambda content: content.pop("learnability"))
+    assert read_checkpoint(tmp_path)[1].learnability == "mean_logprob"
 
 
 def test_weights_with_nan_are_refused(tmp_path: Path) -> None:

@@ -21,7 +21,13 @@ from transformers import (
 )
 
 from router_model.errors import BackboneError, RouterError
-from router_model.learnability import Student, load_student, make_student, score_learnability
+from router_model.learnability import (
+    Student,
+    _logprobs_and_ranks,
+    load_student,
+    make_student,
+    score_learnability,
+)
 from router_model.tokenization import encode_chat_pair, encode_chat_prompt
 
 PROMPTS = [
@@ -64,13 +70,23 @@ def smollm2(smollm2_path: Path) -> Student:
     return load_student(str(smollm2_path))
 
 
-def plain_mean_logprob(student: Student, ids: list[int], n_prompt_tokens: int) -> float:
-    """One pair alone, all logits, log-softmax in float64, a loop over the response."""
+def plain_token_scores(student: Student, ids: list[int], n_prompt_tokens: int) -> list[tuple[float, int]]:
+    """One pair alone, all logits, log-softmax in float64, a loop over the response: log p and rank."""
     with torch.inference_mode():
         logits = student.model(input_ids=torch.tensor([ids])).logits[0].double()
     logprobs = torch.log_softmax(logits, dim=-1)
-    response = range(n_prompt_tokens, len(ids))
-    return sum(float(logprobs[slot - 1, ids[slot]]) for slot in response) / len(response)
+    return [
+        (
+            float(logprobs[slot - 1, ids[slot]]),
+            1 + int((logits[slot - 1] > logits[slot - 1, ids[slot]]).sum()),
+        )
+        for slot in range(n_prompt_tokens, len(ids))
+    ]
+
+
+def plain_mean_logprob(student: Student, ids: list[int], n_prompt_tokens: int) -> float:
+    scores = plain_token_scores(student, ids, n_prompt_tokens)
+    return sum(logprob for logprob, _ in scores) / len(scores)
 
 
 def assert_equals_plain_loop(student: Student, pairs: list[Pair]) -> None:
@@ -88,6 +104,100 @@ def test_equals_a_plain_float64_loop(smollm2: Student) -> None:
     assert_equals_plain_loop(smollm2, PAIRS)
 
 
+def test_rank_surprisal_equals_a_plain_float64_loop(smollm2: Student) -> None:
+    """On a real student: ranks by strictly greater logits, clipped at 100, over the sum of surprisals."""
+    clipped = 0
+    for (messages, response), found in zip(
+        PAIRS[1::4], score_learnability(smollm2, PAIRS[1::4]), strict=True
+    ):
+        scores = plain_token_scores(smollm2, *encode_chat_pair(smollm2.tokenizer, messages, response))
+        clipped += sum(rank > 100 for _, rank in scores)
+        expected = sum(min(rank, 100) for _, rank in scores) / sum(-logprob for logprob, _ in scores)
+        assert found.rank_surprisal == pytest.approx(expected, rel=2e-3)
+    assert clipped > 0  # the clip was at work
+
+
+def test_a_response_of_one_token(smollm2: Student) -> None:
+    """One token is a step of its own: both means are its log-probability, the ratio is its rank over it."""
+    one = pair("Answer yes or no: is water wet?", "Yes")
+    [found] = score_learnability(smollm2, [one], with_local=True)
+    [(logprob, rank)] = plain_token_scores(smollm2, *encode_chat_pair(smollm2.tokenizer, *one))
+    assert found.n_tokens == 1
+    assert found.mean_logprob == found.local_logprob == pytest.approx(logprob, abs=1e-3)
+    assert found.rank_surprisal == pytest.approx(rank / -logprob, rel=1e-2)
+
+
+def test_log_probabilities_keep_their_digits_and_ties_their_rank() -> None:
+    """Where p is all but 1 the surprisal is its small true value, not 0; equal logits are no greater ones."""
+    logits = torch.tensor([[30.0, 0.0, 0.0], [1.0, 1.0, 1.0], [0.0, 200.0, 100.0]])
+    logprobs, ranks = _logprobs_and_ranks(logits, torch.tensor([0, 1, 0]))
+    expected = [-math.log1p(2 * math.exp(-30)), -math.log(3), -200.0]
+    assert logprobs.tolist() == pytest.approx(expected, rel=1e-6)
+    assert ranks.tolist() == [1, 1, 3]
+
+
+STEPS = [
+    "20 * 24 = 480",
+    "3 * 24 = 72",
+    "480 - 72",
+    "= 408",
+    "Check: 17.",
+    "So 408.",
+    "Purple monkeys.",
+]
+
+
+def plain_local_logprob(student: Student, prompt: str, response: str) -> float:
+    """Each line alone with the prompt and the four lines before it, in float64; lines by their tokens."""
+    ids, n_prompt_tokens = encode_chat_pair(student.tokenizer, *pair(prompt, response))
+    lines: list[list[int]] = [[]]
+    for token in ids[n_prompt_tokens:]:
+        lines[-1].append(token)
+        if "\n" in student.tokenizer.decode([token]):
+            lines.append([])
+    means = []
+    for number, line in enumerate(lines):
+        before = [token for earlier in lines[max(0, number - 4) : number] for token in earlier]
+        context = [*ids[:n_prompt_tokens], *before]
+        means.append(plain_mean_logprob(student, [*context, *line], len(context)))
+    return sum(means) / len(means)
+
+
+def test_local_logprob_equals_a_plain_loop_over_windows(smollm2: Student) -> None:
+    """Each step sees the prompt and the four steps before it, whether the response is read alone or not."""
+    prompt, response = "17 * 24?", "\n".join(STEPS)
+    expected = plain_local_logprob(smollm2, prompt, response)
+    pairs = [pair(prompt, "408."), pair(prompt, response)]
+    for found in (
+        score_learnability(smollm2, pairs, with_local=True)[1],
+        score_learnability(smollm2, pairs[1:], with_local=True, token_budget=64)[0],
+    ):
+        assert found.local_logprob == pytest.approx(expected, abs=1e-3)
+        assert found.mean_logprob != pytest.approx(expected, abs=1e-2)
+
+
+def test_windows_of_a_student_that_cannot_share_prompts(smollm2: Student) -> None:
+    """With recurrent layers each window is a row of its own, and the local measure is the same."""
+    torch.manual_seed(0)
+    config = MambaConfig(
+        vocab_size=49152, hidden_size=32, num_hidden_layers=2, state_size=4, initializer_range=0.5
+    )
+    student = small_student(smollm2, MambaForCausalLM(config))
+    response = "\n".join(STEPS)
+    [found] = score_learnability(student, [pair(PROMPTS[1], response)], with_local=True)
+    assert found.local_logprob == pytest.approx(plain_local_logprob(student, PROMPTS[1], response), abs=1e-3)
+
+
+def test_a_tokenizer_that_tells_no_positions_is_refused(smollm2: Student) -> None:
+    """The local measure must know where each token begins; the others do not."""
+    tokenizer = copy.copy(smollm2.tokenizer)
+    tokenizer.__class__ = type("Blind", (type(tokenizer),), {"is_fast": False})
+    student = make_student("blind", smollm2.model, tokenizer)
+    assert score_learnability(student, PAIRS[:1])[0].mean_logprob < 0
+    with pytest.raises(RouterError, match="Blind does not tell where"):
+        score_learnability(student, PAIRS[:1], with_local=True)
+
+
 def test_prompts_are_shared_on_a_real_student(smollm2: Student) -> None:
     """SmolLM2 reads a prompt once for all its responses, and makes logits for the response alone."""
     assert smollm2.shared_tokens == math.inf
@@ -96,11 +206,12 @@ def test_prompts_are_shared_on_a_real_student(smollm2: Student) -> None:
 
 def test_company_and_order_change_nothing(smollm2: Student) -> None:
     """A pair has the same value alone, in a batch of any budget, and in any order."""
-    together = [found.mean_logprob for found in score_learnability(smollm2, PAIRS)]
-    backwards = [found.mean_logprob for found in score_learnability(smollm2, PAIRS[::-1], token_budget=300)]
-    assert backwards[::-1] == pytest.approx(together, abs=1e-3)
-    for one, expected in zip(PAIRS[::4], together[::4], strict=True):
-        assert score_learnability(smollm2, [one])[0].mean_logprob == pytest.approx(expected, abs=1e-3)
+    together = score_learnability(smollm2, PAIRS)
+    backwards = score_learnability(smollm2, PAIRS[::-1], token_budget=300)[::-1]
+    alone = [score_learnability(smollm2, [one])[0] for one in PAIRS[::4]]
+    for found, expected in (*zip(backwards, together, strict=True), *zip(alone, together[::4], strict=True)):
+        assert found.mean_logprob == pytest.approx(expected.mean_logprob, abs=1e-3)
+        assert found.rank_surprisal == pytest.approx(expected.rank_surprisal, rel=2e-3)
 
 
 def test_fitting_responses_are_more_learnable(smollm2: Student) -> None:
@@ -110,6 +221,7 @@ def test_fitting_responses_are_more_learnable(smollm2: Student) -> None:
         [pair(PROMPTS[0], RESPONSES[0]), pair(PROMPTS[2], RESPONSES[0]), pair(PROMPTS[0], RESPONSES[3])],
     )
     assert noise.mean_logprob < other.mean_logprob < fitting.mean_logprob < 0
+    assert noise.local_logprob is None  # not asked for
 
 
 def test_end_of_turn_is_not_counted(smollm2: Student) -> None:
@@ -123,6 +235,10 @@ def test_empty_response_is_undefined(smollm2: Student) -> None:
     """A response without tokens has no mean: NaN, in its place, and the others are scored."""
     first, empty, last = score_learnability(smollm2, [PAIRS[0], pair(PROMPTS[0], ""), PAIRS[1]])
     assert math.isnan(empty.mean_logprob)
+    assert math.isnan(empty.rank_surprisal)
+    [local] = score_learnability(smollm2, [pair(PROMPTS[0], "")], with_local=True)
+    assert local.local_logprob is not None
+    assert math.isnan(local.local_logprob)
     assert (empty.n_tokens, empty.truncated) == (0, False)
     assert first.mean_logprob < 0
     assert last.mean_logprob < 0
@@ -138,8 +254,9 @@ def test_lone_surrogates_are_scored(smollm2: Student) -> None:
 def test_progress_counts_every_pair(smollm2: Student) -> None:
     """The reported steps add up to the number of pairs, the undefined ones included."""
     steps: list[int] = []
-    score_learnability(smollm2, [*PAIRS[:5], pair("x", "")], token_budget=64, progress=steps.append)
-    assert sum(steps) == 6
+    pairs = [*PAIRS[:3], pair(PROMPTS[1], "\n".join(STEPS[:6])), pair("x", "")]
+    score_learnability(smollm2, pairs, token_budget=64, with_local=True, progress=steps.append)
+    assert sum(steps) == 5
     assert len(steps) > 2
 
 

@@ -1,6 +1,7 @@
 """Choosing a teacher: seven strategies, their invariants, and their odds."""
 
 import math
+from dataclasses import replace
 from typing import Any, get_args
 
 import numpy as np
@@ -12,7 +13,7 @@ from hypothesis.extra.numpy import arrays
 from clients.errors import UnknownTeacherError
 from clients.types import RoutingDecision, Strategy
 from router_model.checkpoint import Manifest
-from router_model.errors import RouterError
+from router_model.errors import RouterError, StrategyError
 from router_model.strategies import RouteOptions, decide
 from tests.unit.router_model.worlds import make_manifest, output_of, summary
 
@@ -82,6 +83,11 @@ def test_what_a_strategy_lacks_is_an_error_and_no_silent_change() -> None:
     odd = make_manifest([summary("a", 1.0, learnability=2.0), summary("b", 0.5)])
     with pytest.raises(RouterError, match="at most 0"):
         choose((0, 0), manifest=odd, strategy="car")
+    ratio = replace(make_manifest([summary("a", 1.0), summary("b", 0.5)]), learnability="rank_surprisal")
+    with pytest.raises(StrategyError, match=r"log-probabilities.*rank_surprisal"):
+        choose((0, 0), manifest=ratio, strategy="car")
+    local = replace(ratio, learnability="local_logprob")
+    assert choose((0, 0), manifest=local, strategy="car").teacher == "a"
     with pytest.raises(RouterError, match=r"alpha = 0\.4"):
         choose(alpha=0.5)
     assert choose(alpha=0.4).teacher == "bison"

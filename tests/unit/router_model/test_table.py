@@ -12,6 +12,7 @@ import pytest
 
 from router_model.errors import RouterError, TableError
 from router_model.plots import write_plots
+from router_model.reward import LearnabilityMeasure
 from router_model.table import read_table
 
 
@@ -77,6 +78,51 @@ def test_learnability_that_is_null_everywhere_is_absent(tmp_path: Path) -> None:
     assert read_table(write(tmp_path, rows)).learnability_NM is None
 
 
+MEASURED = [
+    row("p1", "a", learnability=-1.0, rank_surprisal=3.0, local_logprob=-0.5),
+    row("p1", "b", learnability=-2.0, rank_surprisal=1.5, local_logprob=-0.25),
+    row("p2", "b", learnability=-3.0, rank_surprisal=2.0, local_logprob=-1.0),
+]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+@pytest.mark.parametrize(
+    ("measure", "expected"),
+    [
+        ("mean_logprob", [[-1.0, -2.0], [np.nan, -3.0]]),
+        ("rank_surprisal", [[-3.0, -1.5], [np.nan, -2.0]]),
+        ("local_logprob", [[-0.5, -0.25], [np.nan, -1.0]]),
+    ],
+)
+def test_the_measure_asked_for_is_read_and_higher_is_closer(
+    tmp_path: Path, measure: LearnabilityMeasure, expected: list[list[float]], suffix: str
+) -> None:
+    """Each measure from its column, the ratio negated; a missing answer stays missing."""
+    table = read_table(write(tmp_path, MEASURED, suffix), learnability=measure)
+    assert table.learnability_NM is not None
+    np.testing.assert_array_equal(table.learnability_NM, expected)
+    np.testing.assert_array_equal(table.mask_NM, [[True, True], [False, True]])
+    assert (table.content_sha256 == read_table(table.source).content_sha256) == (measure == "mean_logprob")
+
+
+def test_a_table_without_the_measure_says_which_it_has(tmp_path: Path) -> None:
+    """A column that is absent or null everywhere is named, with the columns that are there."""
+    rows = [{**entry, "local_logprob": None} for entry in MEASURED]
+    with pytest.raises(TableError, match=r"no local_logprob in any row.*it has learnability, rank_surprisal"):
+        read_table(write(tmp_path, rows, ".parquet"), learnability="local_logprob")
+    with pytest.raises(TableError, match="no rank_surprisal in any row; it has no other"):
+        read_table(write(tmp_path, [row()]), learnability="rank_surprisal")
+
+
+def test_the_measure_is_there_for_every_row_or_an_error(tmp_path: Path) -> None:
+    """A gap in the measure asked for is refused with its row; one in another column does not matter."""
+    rows = [*MEASURED[:2], {**MEASURED[2], "rank_surprisal": None}]
+    path = write(tmp_path, rows)
+    assert read_table(path).n_prompts == 2
+    with pytest.raises(TableError, match=r":3: .*rank_surprisal is missing here but not elsewhere"):
+        read_table(path, learnability="rank_surprisal")
+
+
 def test_numeric_ids_true_and_a_byte_order_mark_are_read(tmp_path: Path) -> None:
     """Tables made elsewhere have integer ids, exact answers as booleans, and files that start with a BOM."""
     path = tmp_path / "t.jsonl"
@@ -109,6 +155,8 @@ def test_numeric_ids_true_and_a_byte_order_mark_are_read(tmp_path: Path) -> None
         (row(teacher="b", split="test"), "two values of split"),
         (row("p3", family="llama"), "has family 'llama' here and 'qwen' before"),
         (row("p3", n_tokens=-1), "n_tokens is -1.0"),
+        (row("p3", rank_surprisal=-0.5), "rank_surprisal is -0.5"),
+        (row("p3", local_logprob=float("inf")), "local_logprob is inf"),
     ],
 )
 def test_a_bad_row_is_refused_with_its_line(tmp_path: Path, second: dict[str, Any], expected: str) -> None:
