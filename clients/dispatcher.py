@@ -309,7 +309,7 @@ class Dispatcher:
             fallback_from=assignment.teacher if spec.id != assignment.teacher else None,
             cache=response.cache,
             usage=completion.usage,
-            cost_usd=0.0 if response.cache == "hit" else cost_usd(completion.usage, spec.price),
+            cost_usd=0.0 if response.cache == "hit" else cost_usd(completion.usage, spec.price or Price()),
             latency_s=round(response.latency_s, 4),
             finish_reason=completion.finish_reason,
             created=completion.created,

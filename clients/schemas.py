@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
 
 from clients.canonical import canonical_json
-from clients.types import CacheMode, Strategy
+from clients.types import CAR_BETA, MIX_STRONG_SHARE, CacheMode, Strategy
 
 MAX_PROMPTS_PER_CALL = 10_000
 MAX_DEPTH = 100
@@ -97,33 +97,51 @@ class RouteRequest(_Strict):
     )
     exclude: list[NonEmptyText] = Field(default_factory=list, description="Teacher ids never to choose.")
     alpha: Annotated[float, Field(ge=0, le=1)] | None = Field(
-        None, description="Weight of learnability; that of the checkpoint if absent."
+        None, description="Weight of learnability, any from 0 to 1; that of the checkpoint if absent."
     )
     temperature: Annotated[float, Field(ge=0, le=100)] = Field(
-        0.0, description="0 takes the best teacher; above, the teacher is sampled."
+        0.0, description="0 takes the best teacher; above, the teacher is sampled. Of `persyn` alone."
     )
     seed: int = Field(0, description="Sampling depends on this and on the prompt's id alone.")
-    cost_weight: Annotated[float, Field(ge=0)] = Field(
-        0.0, description="Reward that one US dollar of expected answer cost outweighs."
+    cost_weight: Annotated[float, Field(ge=0, le=1e9)] = Field(
+        0.0,
+        description="What one US dollar of expected answer cost takes off the value by which the strategy "
+        "ranks, in the unit of that value. Not of `mix` and `random`.",
     )
     top_k: Annotated[int, Field(ge=1)] | None = Field(
         None, description="Only the k strongest allowed teachers stay candidates for each prompt."
     )
+    mix_strong_share: Annotated[float, Field(ge=0, le=1)] = Field(
+        MIX_STRONG_SHARE, description="Share of the prompts that `mix` gives to the strongest teacher."
+    )
+    car_beta: Annotated[float, Field(ge=0, le=1e6)] = Field(
+        CAR_BETA, description="Weight of the student's loss in `car`."
+    )
 
 
 class DecisionBody(BaseModel):
-    """Which teacher answers one prompt, and why."""
+    """Which teacher answers one prompt, and why. All mappings are keyed by candidate."""
 
     id: str
     teacher: str
-    distribution: dict[str, float]
-    strengths: dict[str, float]
-    quality: dict[str, float]
-    learnability: dict[str, float]
-    expected_reward: dict[str, float]
-    propensity: float
-    margin: float
-    uncertain: bool
+    distribution: dict[str, float] = Field(description="Softmax of the strengths; sums to 1.")
+    strengths: dict[str, float] = Field(description="Bradley-Terry logits at the alpha used.")
+    quality: dict[str, float] = Field(description="Expected quality, on the scale of the score table.")
+    learnability: dict[str, float] = Field(
+        description="Expected learnability, higher is closer to the student; empty if not trained on."
+    )
+    expected_reward: dict[str, float] = Field(
+        description="Expected mixed reward at the alpha used, on the normalised scale."
+    )
+    propensity: float = Field(description="Probability with which the strategy chooses this teacher.")
+    margin: float = Field(description="Strength of the best candidate minus that of the second; 0 if alone.")
+    uncertain: bool = Field(description="Whether the margin is within one standard error of itself.")
+    conformal_set: list[str] = Field(
+        description="Candidates that may well be the best one, strongest first; empty if not calibrated."
+    )
+    out_of_distribution: bool = Field(
+        description="Whether the prompt is unlike those that the router was trained on."
+    )
     input_tokens: int
     truncated: bool
 
@@ -134,7 +152,10 @@ class RouteResponse(BaseModel):
     checkpoint_id: str
     student: str
     strategy: Strategy
-    alpha: float
+    alpha: float = Field(description="The weight of learnability that was used.")
+    coverage: float | None = Field(
+        description="Share of the prompts whose best teacher is in `conformal_set`; null if not calibrated."
+    )
     decisions: list[DecisionBody]
 
 
@@ -252,7 +273,7 @@ class TeacherState(BaseModel):
     model: str
     family: str | None
     size_b: float | None
-    price: dict[str, float]
+    price: dict[str, float] | None = Field(description="Null where the project file states none.")
     limits: dict[str, int | None]
     in_flight: int
     breaker: Literal["closed", "open", "half_open"]

@@ -19,6 +19,12 @@ STRATEGIES: tuple[Strategy, ...] = (
     "random",
 )
 
+MIX_STRONG_SHARE = 0.2
+"""``mix`` is one part strong to four parts weak (Li et al., arXiv 2502.12143)."""
+
+CAR_BETA = 1.0
+"""Weight of the student's loss in ``car``."""
+
 
 @dataclass(frozen=True, slots=True)
 class Price:
@@ -58,7 +64,8 @@ class TeacherSpec:
     system_prompt: str | None = None
     sampling: Mapping[str, Any] = field(default_factory=dict)
     extra_body: Mapping[str, Any] = field(default_factory=dict)
-    price: Price = Price()
+    price: Price | None = None
+    """``None``: not stated. Its answers are booked at 0, and no choice by cost takes them for free."""
     limits: Limits = Limits()
     timeout_s: float = 120.0
     license: License = License()
@@ -140,8 +147,13 @@ class RoutingDecision:
     margin: float
     """Strength of the best allowed teacher minus that of the second, 0 if there is one only."""
     uncertain: bool
+    """Whether that lead is within what the router cannot tell apart."""
     input_tokens: int
     truncated: bool
+    conformal_set: tuple[str, ...] = ()
+    """Teachers that may well be the best one, strongest first; empty where the router was not calibrated."""
+    out_of_distribution: bool = False
+    """Whether the prompt is unlike those that the router was trained on."""
 
 
 @dataclass(frozen=True, slots=True)

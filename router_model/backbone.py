@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import io
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -13,14 +13,17 @@ import numpy as np
 import torch
 from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from transformers import AutoModel, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
 from router_model.errors import BackboneError
-from router_model.tokenization import PromptEncoding, control_frame, encode_prompts
+from router_model.tokenization import PromptEncoding, chat_frame, control_frame, encode_prompts
+from router_model.views import Pooling, View, candidate_views, parse_views
 
-Pooling = Literal["mean", "last"]
+Frame = Literal["plain", "chat"]
+"""What stands around a prompt: the tokenizer's control tokens, or its chat template up to the answer."""
 
 _TOKEN_BUDGET = 4096
 """Padded tokens per forward pass: large enough for full matrix products, small enough for any memory."""
@@ -86,22 +89,57 @@ class Backbone:
     Fast tokenizers keep per-call state (truncation, handling of control tokens), so two threads must not
     call ``encode`` at once.
 
-    ``mean`` pooling averages the final hidden states over a prompt's tokens and scales the result to
-    length 1, as sentence-transformers does for its encoders; a too long prompt keeps its beginning.
-    ``last`` takes the final hidden state of the last token; a too long prompt keeps its end.
+    The features of a prompt are those of its views, one after the other, each ``hidden`` wide. An encoder
+    reads the bare text, and keeps the beginning of one that is too long. A decoder with a chat template reads
+    the prompt as a user's turn, up to where its own answer would begin: there it has made up its mind of what
+    is asked, and the last token says much more than after a bare text (docs/experiments.md). It keeps the end
+    of a text that is too long.
     """
 
     def __init__(
-        self, *, name: str, model: Any, tokenizer: Any, pooling: Pooling, max_tokens: int, fingerprint: str
+        self,
+        *,
+        name: str,
+        model: Any,
+        tokenizer: Any,
+        views: Sequence[View],
+        frame: Frame,
+        max_tokens: int,
+        fingerprint: str,
     ) -> None:
         self.name = name
-        self.pooling: Pooling = pooling
+        self.views = tuple(views)
+        self.frame: Frame = frame
         self.max_tokens = max_tokens
         self.fingerprint = fingerprint
-        self.width = int(model.config.get_text_config().hidden_size)
+        self.hidden = int(model.config.get_text_config().hidden_size)
         self._model = model
         self._tokenizer = tokenizer
-        self._keeps_start = _is_encoder(model.config)
+        self._keeps_start = is_encoder(model.config)
+        self._frame_ids = _frame_ids(tokenizer, frame)
+
+    @property
+    def width(self) -> int:
+        """Length of a prompt's features."""
+        return self.hidden * len(self.views)
+
+    def with_views(self, views: Sequence[View]) -> "Backbone":
+        """The same model in memory, seen through other views; itself if they are its own."""
+        if tuple(views) == self.views:
+            return self
+        return Backbone(
+            name=self.name,
+            model=self._model,
+            tokenizer=self._tokenizer,
+            views=views,
+            frame=self.frame,
+            max_tokens=self.max_tokens,
+            fingerprint=self.fingerprint,
+        )
+
+    def last_view(self, pooling: Pooling) -> View:
+        """The view of the last layer."""
+        return View(pooling, int(self._model.config.get_text_config().num_hidden_layers))
 
     def encode(self, texts: Sequence[str]) -> Encoded:
         """Encode prompts; the order and the company of a prompt do not change its features (1e-4)."""
@@ -110,6 +148,7 @@ class Backbone:
             texts,
             max_tokens=self.max_tokens,
             keep="start" if self._keeps_start else "end",
+            frame=self._frame_ids,
         )
         features_BD = np.zeros((len(prompts), self.width), dtype=np.float32)
         for rows in length_batches([len(prompt.ids) for prompt in prompts], token_budget=_TOKEN_BUDGET):
@@ -121,7 +160,7 @@ class Backbone:
         )
 
     def _forward(self, prompts: Sequence[PromptEncoding]) -> np.ndarray[Any, np.dtype[np.float32]]:
-        """Pooled features of one batch, padded on the right."""
+        """Features of one batch, padded on the right."""
         # A tokenizer that adds no control tokens turns an empty prompt into nothing; a model needs one token.
         pad_id = self._tokenizer.pad_token_id or 0
         ids = [torch.tensor(prompt.ids or [pad_id]) for prompt in prompts]
@@ -129,53 +168,110 @@ class Backbone:
         ids_BT = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=pad_id)
         mask_BT = (torch.arange(ids_BT.shape[1]) < lengths_B[:, None]).long()
         with torch.inference_mode():
-            outputs = self._model(input_ids=ids_BT, attention_mask=mask_BT)
-            hidden_BTD = outputs.last_hidden_state
-            if self.pooling == "last":
-                pooled_BD = hidden_BTD[torch.arange(len(ids)), lengths_B - 1]
-            else:
-                sums_BD = (hidden_BTD * mask_BT[..., None]).sum(dim=1)
-                pooled_BD = torch.nn.functional.normalize(sums_BD / lengths_B[:, None], dim=1)
-        return cast("np.ndarray[Any, np.dtype[np.float32]]", pooled_BD.float().numpy())
+            outputs = self._model(
+                input_ids=ids_BT, attention_mask=mask_BT, output_hidden_states=True, **self._extra()
+            )
+            views = [
+                _pool(outputs.hidden_states[view.layer], mask_BT, lengths_B, view) for view in self.views
+            ]
+        return cast("np.ndarray[Any, np.dtype[np.float32]]", torch.cat(views, dim=1).float().numpy())
+
+    def _extra(self) -> dict[str, Any]:
+        """A decoder's cache of keys and values is for generation: here it would only take memory."""
+        return {} if self._keeps_start else {"use_cache": False}
+
+
+def _pool(
+    hidden_BTD: torch.Tensor, mask_BT: torch.Tensor, lengths_B: torch.Tensor, view: View
+) -> torch.Tensor:
+    if view.pooling == "last":
+        return hidden_BTD[torch.arange(len(lengths_B)), lengths_B - 1]
+    sums_BD = (hidden_BTD * mask_BT[..., None]).sum(dim=1)
+    return torch.nn.functional.normalize(sums_BD / lengths_B[:, None], dim=1)
+
+
+def _frame_ids(tokenizer: Any, frame: Frame) -> tuple[list[int], list[int]]:
+    return control_frame(tokenizer) if frame == "plain" else chat_frame(tokenizer)
 
 
 def load_backbone(
-    name: str, *, max_tokens: int, pooling: str | None = None, threads: int | None = None
+    name: str,
+    *,
+    max_tokens: int,
+    views: Sequence[str] | None = None,
+    frame: Frame | None = None,
+    weights: Path | None = None,
+    state: Mapping[str, torch.Tensor] | None = None,
+    threads: int | None = None,
 ) -> Backbone:
     """Load a backbone in float32 on the CPU.
 
     Args:
         name: Hub id, local folder, or ``.gguf`` file. A local path never touches the network, and code
             that comes with a model is never run.
-        max_tokens: Limit per prompt; lowered to what the model has positions for.
-        pooling: ``mean`` or ``last``; by default ``mean`` for encoders and ``last`` for decoders.
+        max_tokens: Limit per prompt, with what stands around it; lowered to what the model has positions for.
+        views: Names such as ``last@22``; by default several layers of the model.
+        frame: By default ``chat`` for a decoder with a chat template, else ``plain``.
+        weights: Fine-tuned weights, a ``.safetensors`` file, to be put in place of the model's own.
+        state: The same in memory.
         threads: Torch threads of this process, unchanged if ``None``.
 
     Raises:
         BackboneError: The model cannot be loaded or cannot be used as a backbone.
     """
-    if pooling not in (None, "mean", "last"):
-        raise BackboneError(f"unknown pooling {pooling!r}, expected 'mean' or 'last'")
     if threads is not None:
         torch.set_num_threads(threads)
     source = locate_model(name)
     model = load_pretrained(AutoModel, source)
     if getattr(model.config, "is_encoder_decoder", False):
         raise BackboneError(f"{name!r} is an encoder-decoder, expected an encoder or a decoder")
+    if weights is not None:
+        state = _read_weights(weights)
+    if state is not None:
+        _put_weights(model, state, name)
+    n_layers = int(model.config.get_text_config().num_hidden_layers)
+    encoder = is_encoder(model.config)
+    chosen = (
+        candidate_views(n_layers, is_encoder=encoder)
+        if views is None
+        else parse_views(views, n_layers=n_layers)
+    )
     tokenizer = load_tokenizer(source)
+    if frame is None:
+        frame = "chat" if tokenizer.chat_template and not encoder else "plain"
     limit = min(max_tokens, max_positions(model) or max_tokens)
-    n_frame = sum(len(part) for part in control_frame(tokenizer))
+    n_frame = sum(len(part) for part in _frame_ids(tokenizer, frame))
     if limit <= n_frame:
         raise BackboneError(f"max_tokens is {limit}, expected more than {n_frame} for {name!r}")
-    default: Pooling = "mean" if _is_encoder(model.config) else "last"
     return Backbone(
         name=name,
         model=model,
         tokenizer=tokenizer,
-        pooling=cast("Pooling", pooling) if pooling else default,
+        views=chosen,
+        frame=frame,
         max_tokens=limit,
         fingerprint=fingerprint(source),
     )
+
+
+def _read_weights(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise BackboneError(f"{path} cannot be read: {error}") from error
+
+
+def _put_weights(model: Any, state: Mapping[str, torch.Tensor], name: str) -> None:
+    """Replace the weights of a model by those of a fine-tuned one.
+
+    Raises:
+        BackboneError: They are not of this model.
+    """
+    try:
+        model.load_state_dict(state, strict=True)
+    except RuntimeError as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise BackboneError(f"the fine-tuned weights are not those of {name!r}: {reason}") from error
 
 
 def length_batches(lengths: Sequence[int], *, token_budget: int) -> Iterator[list[int]]:
@@ -306,6 +402,6 @@ def _loading(source: ModelSource) -> Iterator[None]:
             progress.enable_progress_bar()
 
 
-def _is_encoder(config: Any) -> bool:
+def is_encoder(config: Any) -> bool:
     """Whether a model attends in both directions: what is trained by masked language modelling does."""
     return config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)

@@ -3,6 +3,7 @@
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -10,7 +11,6 @@ from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, get_args
 
 import numpy as np
@@ -18,20 +18,23 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from router_model.errors import CheckpointError
-from router_model.heads import HEADS, Head
+from router_model.backbone import Frame
+from router_model.errors import CheckpointError, StrategyError
 from router_model.model import RouterModel, TeacherSummary
+from router_model.model_tensors import head_kinds, model_tensors, restore_model
+from router_model.outlook import AlphaCalibration, Mode
 from router_model.reward import LearnabilityMeasure, Normalization
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST_FILE = "manifest.json"
 HEAD_FILE = "head.safetensors"
+WEIGHTS_FILE = "model.safetensors"
+"""Weights of a fine-tuned backbone."""
 
 _NOT_HASHED = frozenset({"checkpoint_id", "created", "seal"})
 _PREVIOUS = ".{}.previous"
 """Where an older checkpoint stands for the moment in which a new one takes its place."""
 _REMEDY = "restore the checkpoint or train again"
-_HEADS = ("strength", "reward", "quality", "learnability")
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,9 +51,13 @@ class BackboneFacts:
 
     name: str
     fingerprint: str
-    pooling: str
+    views: tuple[str, ...]
+    """Which hidden states are the features, one view after the other, such as ``last@22``."""
+    frame: Frame
     max_tokens: int
     width: int
+    weights_sha256: str | None = None
+    """Hash of ``model.safetensors``, whose weights take the place of the model's own; None if frozen."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +82,14 @@ class Manifest:
     normalization: Normalization
     backbone: BackboneFacts
     training: TrainingFacts
+    mode: Mode
+    head: str
+    """Kind of the heads that choose: a reward's predictor, or an objective."""
     heads: Mapping[str, str]
     """Kind of each head by its purpose."""
+    calibration: tuple[AlphaCalibration, ...]
+    coverage: float
+    """Of the conformal sets."""
     head_sha256: str
     """Hash of ``head.safetensors``."""
     facts: Mapping[str, Any] = field(default_factory=dict)
@@ -94,6 +107,27 @@ class Manifest:
         """Ids of the teachers that the router can choose and ``known`` does not hold."""
         return [teacher.id for teacher in self.teachers if teacher.id not in known]
 
+    def mean_reward(self, alpha: float) -> NDArray[np.float64]:
+        """Mean mixed reward of each teacher over the training prompts at an alpha, M.
+
+        Raises:
+            StrategyError: alpha is above 0 and the router knows no learnability.
+        """
+        if math.isclose(alpha, self.alpha, abs_tol=1e-9):
+            return np.array([teacher.mean_reward for teacher in self.teachers])
+        quality = np.array([teacher.mean_quality_part for teacher in self.teachers])
+        learnability = [teacher.mean_learnability_part for teacher in self.teachers]
+        if alpha == 0.0:
+            return quality
+        if None in learnability:
+            raise StrategyError(f"the router knows no learnability and cannot answer for alpha = {alpha:g}")
+        return (1.0 - alpha) * quality + alpha * np.array(learnability, dtype=np.float64)
+
+    def best_single(self, alpha: float) -> int:
+        """Column of the teacher with the highest mean reward at an alpha; the first by id of equals."""
+        mean_M = self.mean_reward(alpha)
+        return min(range(len(mean_M)), key=lambda column: (-mean_M[column], self.teachers[column].id))
+
 
 def write_checkpoint(
     folder: Path,
@@ -104,6 +138,7 @@ def write_checkpoint(
     training: TrainingFacts,
     learnability: LearnabilityMeasure = "mean_logprob",
     git_revision: str | None = None,
+    backbone_weights: bytes | None = None,
 ) -> str:
     """Write a checkpoint whole: a kill at any moment leaves the older one or the new one to be read.
 
@@ -116,14 +151,7 @@ def write_checkpoint(
     Raises:
         CheckpointError: The folder cannot be written, or is something else than a checkpoint.
     """
-    heads = _heads(model)
-    weights = save(
-        {
-            f"{purpose}.{name}": tensor
-            for purpose, head in heads.items()
-            for name, tensor in head.tensors().items()
-        }
-    )
+    weights = save(model_tensors(model))
     manifest = Manifest(
         checkpoint_id="",
         student=student,
@@ -132,7 +160,11 @@ def write_checkpoint(
         normalization=model.normalization,
         backbone=backbone,
         training=training,
-        heads={purpose: head.kind for purpose, head in heads.items()},
+        mode=model.mode,
+        head=model.kind,
+        heads=head_kinds(model),
+        calibration=model.calibration,
+        coverage=model.coverage,
         head_sha256=hashlib.sha256(weights).hexdigest(),
         facts=model.facts,
         versions={name: importlib.metadata.version(name) for name in ("persyn", "torch", "transformers")},
@@ -144,6 +176,8 @@ def write_checkpoint(
     content["checkpoint_id"] = _digest(content, leave_out=_NOT_HASHED)
     content["seal"] = _digest(content, leave_out=frozenset({"seal"}))
     files = {HEAD_FILE: weights, MANIFEST_FILE: _render(content)}
+    if backbone_weights is not None:
+        files[WEIGHTS_FILE] = backbone_weights
     try:
         _replace_folder(folder, files)
     except OSError as error:
@@ -168,15 +202,31 @@ def read_checkpoint(folder: Path) -> tuple[RouterModel, Manifest]:
         raise CheckpointError(f"{folder / HEAD_FILE}: is not the file that was trained; {_REMEDY}")
     try:
         manifest = _manifest(content)
-        tensors = load(weights)
+        model = _model(manifest, load(weights))
     except (KeyError, TypeError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: {MANIFEST_FILE} or {HEAD_FILE} is damaged: {error}") from error
-    return _model(folder, manifest, tensors), manifest
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder / HEAD_FILE}: {error.message}") from error
+    return model, manifest
 
 
-def _heads(model: RouterModel) -> dict[str, Head]:
-    heads = {name: getattr(model, name) for name in _HEADS}
-    return {name: head for name, head in heads.items() if head is not None}
+def fine_tuned_weights(folder: Path, manifest: Manifest) -> Path | None:
+    """The verified weights of a fine-tuned backbone; None if the backbone is frozen.
+
+    Raises:
+        CheckpointError: They are missing or are not those that were trained.
+    """
+    if manifest.backbone.weights_sha256 is None:
+        return None
+    path = (folder if folder.exists() else _previous(folder)) / WEIGHTS_FILE
+    try:
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+    if digest != manifest.backbone.weights_sha256:
+        raise CheckpointError(f"{path}: is not the file that was trained; {_REMEDY}")
+    return path
 
 
 def _previous(folder: Path) -> Path:
@@ -224,15 +274,15 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
 
 def _manifest(content: Mapping[str, Any]) -> Manifest:
     known = {item.name for item in fields(Manifest)}
-    # Older checkpoints do not name their measure, which was the default.
-    if {*content, "learnability"} != known:
+    if set(content) != known:
         raise ValueError(f"its keys are {sorted(content)}, expected {sorted(known)}")
-    if content.get("learnability", "mean_logprob") not in get_args(LearnabilityMeasure):
+    if content["learnability"] not in get_args(LearnabilityMeasure):
         raise ValueError(f"its learnability is {content['learnability']!r}")
     parts = {
         "student": StudentFacts(**content["student"]),
         "teachers": tuple(TeacherSummary(**teacher) for teacher in content["teachers"]),
-        "backbone": BackboneFacts(**content["backbone"]),
+        "backbone": BackboneFacts(**{**content["backbone"], "views": tuple(content["backbone"]["views"])}),
+        "calibration": tuple(AlphaCalibration(**item) for item in content["calibration"]),
         "training": TrainingFacts(
             **{**content["training"], "prompt_sha256": tuple(content["training"]["prompt_sha256"])}
         ),
@@ -240,37 +290,19 @@ def _manifest(content: Mapping[str, Any]) -> Manifest:
     return Manifest(**{**content, **parts})
 
 
-def _model(folder: Path, manifest: Manifest, tensors: Mapping[str, NDArray[np.float64]]) -> RouterModel:
-    for name, tensor in tensors.items():
-        if not np.isfinite(tensor).all():
-            raise CheckpointError(f"{folder / HEAD_FILE}: tensor {name!r} holds NaN or infinity")
-        if tensor.shape[-1] != len(manifest.teachers):
-            raise CheckpointError(
-                f"{folder / HEAD_FILE}: tensor {name!r} has {tensor.shape[-1]} columns for "
-                f"{len(manifest.teachers)} teachers"
-            )
-    heads: dict[str, Head] = {}
-    for purpose, kind in manifest.heads.items():
-        if kind not in HEADS or purpose not in _HEADS:
-            raise CheckpointError(f"{folder / MANIFEST_FILE}: unknown head {kind!r} for {purpose!r}")
-        own = {
-            name.removeprefix(f"{purpose}."): t
-            for name, t in tensors.items()
-            if name.startswith(f"{purpose}.")
-        }
-        heads[purpose] = HEADS[kind].restore(own)
-    missing = [name for name in _HEADS[:3] if name not in heads]
-    if missing:
-        raise CheckpointError(f"{folder / MANIFEST_FILE}: has no head for {missing[0]!r}")
-    return RouterModel(
+def _model(manifest: Manifest, tensors: Mapping[str, NDArray[np.float64]]) -> RouterModel:
+    return restore_model(
+        tensors,
+        manifest.heads,
         teachers=manifest.teachers,
         alpha=manifest.alpha,
         normalization=manifest.normalization,
-        strength=heads["strength"],
-        reward=heads["reward"],
-        quality=heads["quality"],
-        learnability=heads.get("learnability"),
-        facts=MappingProxyType(dict(manifest.facts)),
+        mode=manifest.mode,
+        kind=manifest.head,
+        calibration=manifest.calibration,
+        coverage=manifest.coverage,
+        width=manifest.backbone.width,
+        facts=manifest.facts,
     )
 
 

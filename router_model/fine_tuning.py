@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoModel
 
 from router_model.backbone import (
-    Pooling,
-    _is_encoder,
+    is_encoder,
     length_batches,
     load_pretrained,
     load_tokenizer,
@@ -31,6 +30,7 @@ from router_model.objectives import objective
 from router_model.recipe import FineTuneRecipe
 from router_model.reward import regret
 from router_model.tokenization import encode_prompts
+from router_model.views import Pooling
 
 FloatArray = NDArray[np.float64]
 BoolArray = NDArray[np.bool_]
@@ -117,7 +117,7 @@ def fine_tune(
     with _seeded(seed, target):
         network, tokenizer = _load(backbone_name, rewards_NM.shape[1], recipe)
         max_tokens = min(recipe.max_tokens, max_positions(network.body) or recipe.max_tokens)
-        keep: Literal["start", "end"] = "start" if _is_encoder(network.body.config) else "end"
+        keep: Literal["start", "end"] = "start" if is_encoder(network.body.config) else "end"
         prompts = encode_prompts(tokenizer, texts, max_tokens=max_tokens, keep=keep)
         data = _Data([prompt.ids for prompt in prompts], rewards_NM, mask_NM, tokenizer.pad_token_id or 0)
         run = _Run(network.to(target), data, recipe, target)
@@ -331,7 +331,7 @@ def _load(backbone_name: str, n_teachers: int, recipe: FineTuneRecipe) -> tuple[
         # Its name before transformers 5.23 was the second one.
         enable = getattr(body, "activation_checkpointing_enable", None) or body.gradient_checkpointing_enable
         enable({"use_reentrant": False})
-    pooling: Pooling = recipe.pooling or ("mean" if _is_encoder(body.config) else "last")
+    pooling: Pooling = recipe.pooling or ("mean" if is_encoder(body.config) else "last")
     return _Network(body, pooling, n_teachers), load_tokenizer(source)
 
 

@@ -1,33 +1,20 @@
 """Router: a checkpoint with its backbone, warm, from prompt texts to strengths."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from router_model.backbone import Backbone, load_backbone
-from router_model.checkpoint import Manifest, read_checkpoint
+from router_model.backbone import Backbone, Encoded, load_backbone
+from router_model.checkpoint import Manifest, fine_tuned_weights, read_checkpoint
 from router_model.errors import CheckpointError, RouterError
 from router_model.model import RouterModel
+from router_model.outlook import RouterOutput
+from router_model.views import View
 
 FloatArray = NDArray[np.float64]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class RouterOutput:
-    """What the router says of B prompts and M teachers, in the order of the manifest."""
-
-    strengths_BM: FloatArray
-    """Bradley-Terry logits, centred over the teachers."""
-    quality_BM: FloatArray
-    learnability_BM: FloatArray
-    """Nats per token; NaN if the router was trained without learnability."""
-    expected_reward_BM: FloatArray
-    input_tokens_B: NDArray[np.int64]
-    truncated_B: NDArray[np.bool_]
 
 
 def backbone_location(name: str, moved_to: str | None) -> str:
@@ -69,9 +56,13 @@ class Router:
             backbone = load_backbone(
                 backbone_location(facts.name, moved_to),
                 max_tokens=facts.max_tokens,
-                pooling=facts.pooling,
+                views=facts.views,
+                frame=facts.frame,
+                weights=fine_tuned_weights(folder, manifest),
                 threads=threads,
             )
+        else:
+            backbone = backbone.with_views([View.parse(view) for view in facts.views])
         if (backbone.fingerprint, backbone.width) != (facts.fingerprint, facts.width):
             raise CheckpointError(
                 f"{folder}: was trained with backbone {facts.name!r} of hash {facts.fingerprint[:16]}…, but "
@@ -80,18 +71,22 @@ class Router:
         return cls(model, manifest, backbone)
 
     def score(self, texts: Sequence[str]) -> RouterOutput:
-        """Strengths and expectations for prompts rendered by ``tokenization.prompt_text``."""
-        encoded = self.backbone.encode(texts)
-        predictions = self._model.predict(encoded.features_BD)
-        if not np.isfinite(predictions.strengths_BM).all():
+        """What the router says of prompts rendered by ``tokenization.prompt_text``."""
+        return self.answer(self.backbone.encode(texts))
+
+    def answer(self, encoded: Encoded) -> RouterOutput:
+        """The same of prompts that are encoded already.
+
+        Raises:
+            RouterError: The backbone gave NaN or infinity.
+        """
+        output = self._model.predict(encoded.features_BD, encoded.input_tokens_B, encoded.truncated_B)
+        if not np.isfinite(output.at().strengths_BM).all():
             raise RouterError(
                 "the backbone's features hold NaN or infinity: no teacher can be chosen by them"
             )
-        return RouterOutput(
-            strengths_BM=predictions.strengths_BM,
-            quality_BM=predictions.quality_BM,
-            learnability_BM=predictions.learnability_BM,
-            expected_reward_BM=predictions.expected_reward_BM,
-            input_tokens_B=encoded.input_tokens_B,
-            truncated_B=encoded.truncated_B,
-        )
+        return output
+
+    def baselines(self, encoded: Encoded) -> dict[str, FloatArray]:
+        """Strengths, BM, by the rivals that were trained on the same features, at the checkpoint's alpha."""
+        return {name: head.predict(encoded.features_BD) for name, head in self._model.baselines.items()}

@@ -1,21 +1,21 @@
-"""Linear maps from frozen features to one value per teacher: the two solvers behind ``heads.py``.
+"""Linear maps from frozen features to one value per teacher: ridge, and any objective by L-BFGS.
 
-Both work in the eigenbasis of the standardised features, where one decomposition serves every L2 strength,
-and both leave the bias free, so that a strong L2 gives the best constant and not zero.
+Both work in the eigenbasis of the scaled features, where one decomposition serves every L2 strength, and both
+leave the bias free, so that a strong L2 gives the best constant and not zero.
 
-``l2`` is relative to the mean variance of a standardised feature (which is 1), whatever the number of
-prompts: ``inf`` means zero weights.
+``l2`` is that of ``(X'X + l2 I)^-1 X'Y`` with centred features whose mean squared length is 1, so its size
+means the same for every backbone; ``inf`` means zero weights.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from router_model.bradley_terry import compare, loss_of_pairs
+from router_model.objectives import Objective
 
 FloatArray = NDArray[np.float64]
 BoolArray = NDArray[np.bool_]
@@ -23,10 +23,11 @@ BoolArray = NDArray[np.bool_]
 MAX_CG_STEPS = 60
 # Of the squared residual, relative to the first one.
 CG_TOLERANCE = 1e-14
-MAX_BT_STEPS = 40
-# Relative L2 of the Bradley-Terry bias: a teacher that wins every pair has no finite maximum-likelihood
-# strength.
+MAX_LBFGS_STEPS = 40
+# Relative L2 of an objective's bias: a teacher that wins every pair has no finite best strength.
 BIAS_L2 = 1e-3
+# A few features of a language model may vary a thousand times more than the others and say no more.
+MAX_SCALE_RATIO = 10.0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -43,7 +44,7 @@ class LinearMap:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Spectrum:
-    """Standardised features in the basis of their principal axes, K of them."""
+    """Centred and scaled features in the basis of their principal axes, K of them, widest first."""
 
     mean_D: FloatArray
     scale_D: FloatArray
@@ -51,36 +52,51 @@ class Spectrum:
     variance_K: FloatArray
     rotated_NK: FloatArray
 
+    def rotate(self, features_BD: NDArray[np.floating], n_axes: int | None = None) -> FloatArray:
+        """Coordinates of prompts along the (first) axes."""
+        return np.asarray((features_BD - self.mean_D) / self.scale_D @ self.axes_DK[:, :n_axes])
+
     def fold(self, weight_KM: FloatArray, bias_M: FloatArray) -> LinearMap:
         """The same map on raw features: the scaler and the rotation go into the weights."""
         weight_DM = (self.axes_DK[:, : len(weight_KM)] @ weight_KM) / self.scale_D[:, None]
         return LinearMap(weight_DM, bias_M - self.mean_D @ weight_DM)
 
-    def axes_for(self, l2: float) -> int:
-        """How many axes a fit with this L2 uses: none at ``inf``."""
-        return 0 if math.isinf(l2) else len(self.variance_K)
 
+def decompose(features_ND: NDArray[np.floating], widths: Sequence[int] | None = None) -> Spectrum:
+    """Centre the features, scale them to a mean squared length of 1, and find their principal axes.
 
-Solver = Callable[[Spectrum, FloatArray, BoolArray, float], LinearMap]
+    One scale serves all features of a view, except those that vary much more than most of them, which are
+    brought down; features and axes that do not vary are dropped.
 
-
-def decompose(features_ND: NDArray[np.floating]) -> Spectrum:
-    """Standardise the features and rotate them onto their principal axes; empty axes are dropped."""
+    Args:
+        widths: Where the features are those of several views, how many belong to each; all then count alike.
+    """
     raw_ND = features_ND.astype(np.float64)
     n_prompts, width = raw_ND.shape
-    mean_D, scale_D = raw_ND.mean(axis=0), raw_ND.std(axis=0)
+    mean_D, deviation_D = raw_ND.mean(axis=0), raw_ND.std(axis=0)
     # A constant feature says nothing; its rounding noise must not be blown up to variance 1.
-    constant_D = scale_D <= 1e-9 * np.maximum(np.abs(mean_D), 1e-30)
-    scale_D = np.where(constant_D, 1.0, scale_D)
-    standard_ND = np.where(constant_D, 0.0, (raw_ND - mean_D) / scale_D)
+    varies_D = deviation_D > 1e-9 * np.maximum(np.abs(mean_D), 1e-30)
+    ends = np.cumsum(widths or [width])
+    blocks = [slice(end - size, end) for end, size in zip(ends, widths or [width], strict=True)]
+    scale_D = np.concatenate([_scales(deviation_D[own], varies_D[own], len(blocks)) for own in blocks])
+    centred_ND = np.where(varies_D, (raw_ND - mean_D) / scale_D, 0.0)
     # The smaller of the two Gram matrices has the same non-zero spectrum.
     wide = width > n_prompts
-    gram = standard_ND @ standard_ND.T if wide else standard_ND.T @ standard_ND
+    gram = centred_ND @ centred_ND.T if wide else centred_ND.T @ centred_ND
     variance_K, vectors = np.linalg.eigh(gram / n_prompts)
-    kept_K = variance_K > 1e-10 * max(float(variance_K.max(initial=0.0)), 1e-10)
+    kept_K = np.flatnonzero(variance_K > 1e-10 * max(float(variance_K.max(initial=0.0)), 1e-10))[::-1]
     variance_K, vectors = variance_K[kept_K], vectors[:, kept_K]
-    axes_DK = standard_ND.T @ (vectors / np.sqrt(n_prompts * variance_K)) if wide else vectors
-    return Spectrum(mean_D, scale_D, axes_DK, variance_K, standard_ND @ axes_DK)
+    axes_DK = centred_ND.T @ (vectors / np.sqrt(n_prompts * variance_K)) if wide else vectors
+    return Spectrum(mean_D, scale_D, axes_DK, variance_K, centred_ND @ axes_DK)
+
+
+def _scales(deviation_D: FloatArray, varies_D: BoolArray, n_views: int) -> FloatArray:
+    """By what the features of one view are divided, so that their mean squared length is ``1 / n_views``."""
+    if not varies_D.any():
+        return np.ones_like(deviation_D)
+    scale_D = np.maximum(deviation_D / (MAX_SCALE_RATIO * np.median(deviation_D[varies_D])), 1.0)
+    length = math.sqrt(n_views * float(((deviation_D / scale_D)[varies_D] ** 2).sum()))
+    return np.asarray(scale_D * length)
 
 
 def column_means(targets_NM: FloatArray, mask_NM: BoolArray) -> FloatArray:
@@ -91,18 +107,39 @@ def column_means(targets_NM: FloatArray, mask_NM: BoolArray) -> FloatArray:
     return np.where(n_M > 0, total_M / np.maximum(n_M, 1), overall)
 
 
-def solve_ridge(spectrum: Spectrum, targets_NM: FloatArray, mask_NM: BoolArray, l2: float) -> LinearMap:
-    """Ridge regression of each teacher's present targets, around the teacher's mean.
+def ridge_path(
+    spectrum: Spectrum, targets_NM: FloatArray, mask_NM: BoolArray, grid: Sequence[float]
+) -> tuple[FloatArray, FloatArray]:
+    """Ridge regression of each teacher's present targets around its mean, for every L2 of a grid.
 
-    Conjugate gradients for all teachers at once, preconditioned by the solution for a full table: a full
-    table takes one step, a table with gaps some ten. A teacher with few cells stays near its mean.
+    A full table has a closed form for all of the grid at once. A table with gaps takes conjugate gradients,
+    some ten steps for each L2; a teacher with few cells stays near its mean.
+
+    Returns:
+        Weights, G × K × M, on the spectrum's axes, and biases, G × M.
     """
-    n_prompts, n_axes = len(targets_NM), spectrum.axes_for(l2)
-    # The last axis is the bias: constant, orthogonal to the centred features, not regularised.
-    inputs_NK = np.column_stack([spectrum.rotated_NK[:, :n_axes], np.ones(n_prompts)])
-    penalty_K1 = np.append(np.full(n_axes, l2 if n_axes else 0.0), 0.0)[:, None]
-    full_K1 = np.append(spectrum.variance_K[:n_axes], 1.0)[:, None] + penalty_K1
     mean_M = column_means(targets_NM, mask_NM)
+    if mask_NM.all():
+        product_KM = spectrum.rotated_NK.T @ (targets_NM - mean_M)
+        sum_K = spectrum.variance_K * len(targets_NM)
+        weights = [
+            np.zeros_like(product_KM) if math.isinf(l2) else product_KM / (sum_K + l2)[:, None] for l2 in grid
+        ]
+        return np.stack(weights), np.tile(mean_M, (len(grid), 1))
+    solved = [_ridge_with_gaps(spectrum, targets_NM, mask_NM, mean_M, l2) for l2 in grid]
+    return np.stack([weight for weight, _ in solved]), np.stack([bias for _, bias in solved])
+
+
+def _ridge_with_gaps(
+    spectrum: Spectrum, targets_NM: FloatArray, mask_NM: BoolArray, mean_M: FloatArray, l2: float
+) -> tuple[FloatArray, FloatArray]:
+    n_prompts, n_axes = spectrum.rotated_NK.shape
+    if math.isinf(l2):
+        return np.zeros((n_axes, targets_NM.shape[1])), mean_M
+    # The last axis is the bias: constant, orthogonal to the centred features, not regularised.
+    inputs_NK = np.column_stack([spectrum.rotated_NK, np.ones(n_prompts)])
+    penalty_K1 = np.append(np.full(n_axes, l2 / n_prompts), 0.0)[:, None]
+    full_K1 = np.append(spectrum.variance_K, 1.0)[:, None] + penalty_K1
 
     def curvature(weight_KM: FloatArray) -> FloatArray:
         present_NM = np.where(mask_NM, inputs_NK @ weight_KM, 0.0)
@@ -110,7 +147,13 @@ def solve_ridge(spectrum: Spectrum, targets_NM: FloatArray, mask_NM: BoolArray, 
 
     residual_KM = inputs_NK.T @ np.where(mask_NM, targets_NM - mean_M, 0.0) / n_prompts
     weight_KM = _conjugate_gradients(curvature, residual_KM, full_K1)
-    return spectrum.fold(weight_KM[:-1], mean_M + weight_KM[-1])
+    return weight_KM[:-1], mean_M + weight_KM[-1]
+
+
+def solve_ridge(spectrum: Spectrum, targets_NM: FloatArray, mask_NM: BoolArray, l2: float) -> LinearMap:
+    """One ridge regression, as a map of raw features: see ``ridge_path``."""
+    weights_GKM, bias_GM = ridge_path(spectrum, targets_NM, mask_NM, (l2,))
+    return spectrum.fold(weights_GKM[0], bias_GM[0])
 
 
 def _conjugate_gradients(
@@ -136,29 +179,40 @@ def _conjugate_gradients(
     return solution_KM
 
 
-def solve_bradley_terry(
-    spectrum: Spectrum, rewards_NM: FloatArray, mask_NM: BoolArray, l2: float
+def solve_objective(
+    spectrum: Spectrum,
+    rewards_NM: FloatArray,
+    mask_NM: BoolArray,
+    l2: float,
+    objective: Objective,
+    *,
+    temperature: float = 1.0,
+    max_axes: int | None = None,
 ) -> LinearMap:
-    """Bradley-Terry strengths, linear in the features: L-BFGS in float64 on the all-pairs loss.
+    """Strengths, linear in the features, that minimise an objective plus an L2: L-BFGS, float64.
 
-    The curvature of the loss is at most ``variance / (2 (M - 1))`` along each axis (Böhning's bound, exact at
-    equal strengths), so the axes are scaled by it first: L-BFGS then needs some ten steps in place of
-    hundreds.
+    The curvature of the all-pairs loss is at most ``variance / (2 (M - 1))`` along each axis (Böhning's
+    bound, exact at equal strengths), and the others are near it, so the axes are scaled by it first: L-BFGS
+    then needs some ten steps in place of hundreds. ``l2`` is scaled by the same bound, so that it shrinks as
+    much as in ridge regression.
+
+    Args:
+        max_axes: Use the widest axes only: the cost of a step grows with their number.
     """
-    curvature = 1.0 / (2 * max(rewards_NM.shape[1] - 1, 1))
-    n_axes = spectrum.axes_for(l2)
+    n_prompts, n_teachers = rewards_NM.shape
+    curvature = 1.0 / (2 * max(n_teachers - 1, 1))
+    n_axes = 0 if math.isinf(l2) else len(spectrum.variance_K[:max_axes])
     variance_K = spectrum.variance_K[:n_axes]
-    unit_K = np.sqrt(curvature * (variance_K + l2)) if n_axes else variance_K
-    penalty_K = torch.from_numpy(l2 / (variance_K + l2) if n_axes else variance_K)
+    relative = l2 / n_prompts if n_axes else 0.0
+    unit_K = np.sqrt(curvature * (variance_K + relative)) if n_axes else variance_K
+    penalty_K1 = torch.from_numpy(relative / (variance_K + relative) if n_axes else variance_K)[:, None]
     whitened_NK = torch.from_numpy(np.ascontiguousarray(spectrum.rotated_NK[:, :n_axes] / unit_K))
-    pairs = compare(
-        torch.from_numpy(np.ascontiguousarray(rewards_NM)), torch.from_numpy(np.ascontiguousarray(mask_NM))
-    )
-    weight_KM = torch.zeros((n_axes, rewards_NM.shape[1]), dtype=torch.float64, requires_grad=True)
-    bias_M = torch.zeros(rewards_NM.shape[1], dtype=torch.float64, requires_grad=True)
+    rewards, mask = (torch.from_numpy(np.ascontiguousarray(array)) for array in (rewards_NM, mask_NM))
+    weight_KM = torch.zeros((n_axes, n_teachers), dtype=torch.float64, requires_grad=True)
+    bias_M = torch.zeros(n_teachers, dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.LBFGS(
         [weight_KM, bias_M],
-        max_iter=MAX_BT_STEPS,
+        max_iter=MAX_LBFGS_STEPS,
         tolerance_grad=1e-5,
         tolerance_change=1e-10,
         line_search_fn="strong_wolfe",
@@ -167,14 +221,14 @@ def solve_bradley_terry(
     def loss_with_gradient() -> float:
         optimizer.zero_grad()
         strengths_NM = whitened_NK @ weight_KM + bias_M / math.sqrt(curvature)
-        penalty = (penalty_K[:, None] * weight_KM**2).sum() + BIAS_L2 * (bias_M**2).sum()
-        loss = loss_of_pairs(strengths_NM, pairs) + penalty / 2
+        penalty = (penalty_K1 * weight_KM**2).sum() + BIAS_L2 * (bias_M**2).sum()
+        loss = objective(strengths_NM, rewards, mask, temperature) + penalty / 2
         torch.autograd.backward(loss)
         return float(loss.detach())
 
     step: Callable[[Callable[[], float]], object] = optimizer.step
     step(loss_with_gradient)
-    weight = weight_KM.detach().numpy() / unit_K[:, None]
+    weight = weight_KM.detach().numpy() / (unit_K[:, None] if n_axes else 1.0)
     bias = bias_M.detach().numpy() / math.sqrt(curvature)
     # Only differences of strengths matter: centre them over the teachers.
     return spectrum.fold(weight - weight.mean(axis=1, keepdims=True), bias - bias.mean())

@@ -9,9 +9,9 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from clients.errors import ConfigurationError
-from router_model.backbone import Pooling
 from router_model.objectives import OBJECTIVES
 from router_model.reward import Normalization
+from router_model.views import Pooling
 
 
 def _known_objective(name: str) -> str:

@@ -76,6 +76,7 @@ def encode_prompts(
     *,
     max_tokens: int,
     keep: Literal["start", "end"] = "start",
+    frame: tuple[list[int], list[int]] | None = None,
 ) -> list[PromptEncoding]:
     """Encode prompts for the backbone, within ``max_tokens`` ids each.
 
@@ -85,11 +86,12 @@ def encode_prompts(
         max_tokens: Limit per prompt, control tokens included.
         keep: Which end of a too long text stays: ``start`` for encoders, which are trained on openings;
             ``end`` for decoders, whose last token is what is pooled.
+        frame: Ids before and after each text; by default the tokenizer's own control tokens.
 
     Raises:
         RouterError: ``max_tokens`` leaves no room beside the tokenizer's control tokens.
     """
-    prefix, suffix = control_frame(tokenizer)
+    prefix, suffix = control_frame(tokenizer) if frame is None else frame
     n_frame = len(prefix) + len(suffix)
     if max_tokens <= n_frame:
         raise RouterError(f"max_tokens is {max_tokens}, expected more than {n_frame} for this tokenizer")
@@ -147,6 +149,23 @@ def control_frame(tokenizer: "PreTrainedTokenizerBase") -> tuple[list[int], list
         if framed[start : start + len(bare)] == bare:
             return framed[:start], framed[start + len(bare) :]
     return [], []
+
+
+def chat_frame(tokenizer: "PreTrainedTokenizerBase") -> tuple[list[int], list[int]]:
+    """Ids that the chat template puts before and after a lone user turn, the start of the answer included.
+
+    Raises:
+        RouterError: The template refuses a user turn, or hides its text.
+    """
+    (mark,) = _marks(1, "")
+    before, found, after = _apply_template(tokenizer, [{"role": "user", "content": mark}]).partition(mark)
+    if not found:
+        raise RouterError("the chat template does not show the text of a user turn")
+    first, last = (
+        list(tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"]) if part else []
+        for part in (before, after)
+    )
+    return first, last
 
 
 def encode_chat_pair(

@@ -168,7 +168,7 @@ async def _open(stack: AsyncExitStack, settings: Settings, project: Project, met
         )
     )
     queue = Admission(settings.max_queued_prompts, unit="queued prompts", clock=clock)
-    prices = {spec.id: spec.price for spec in project.teachers}
+    prices = {spec.id: spec.price for spec in project.teachers if spec.price is not None}
     routing = RoutingService(students, prices=prices, queue=queue, observer=metrics)
     dispatcher = Dispatcher(registry, cache=cache, observer=metrics)
     return Services(

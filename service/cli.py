@@ -17,12 +17,25 @@ from typer.core import TyperCommand, TyperGroup
 from typing_extensions import override
 
 from clients.errors import ConfigurationError, PersynError
-from clients.types import Strategy
+from clients.types import CAR_BETA, MIX_STRONG_SHARE
+from service.decision_text import by_share, decision_lines
+from service.options import (
+    AlphaOption,
+    CarBetaOption,
+    CostWeightOption,
+    ExcludeOption,
+    MixStrongShareOption,
+    StrategyOption,
+    TeachersOption,
+    TemperatureOption,
+    TopKOption,
+)
 from service.progress import progress_for
 
 if TYPE_CHECKING:
     from router_model.pipeline.check import Finding
     from router_model.pipeline.generation import GenerationResult
+    from router_model.recipe import FineTuneRecipe
 
 EXIT_FAILED, EXIT_SOME_FAILED = 1, 3
 """Beside 0 for done, and 2 for wrong usage, which typer sets."""
@@ -61,7 +74,21 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-HeadName = Literal["auto", "constant", "ridge", "bt"]
+HeadName = Literal[
+    "auto",
+    "constant",
+    "ridge",
+    "knn",
+    "cluster",
+    "mlp",
+    "bt",
+    "paper_bt",
+    "soft_bt",
+    "regression",
+    "listwise",
+    "plackett_luce",
+    "regret",
+]
 MeasureName = Literal["mean_logprob", "rank_surprisal", "local_logprob"]
 
 ConfigOption = Annotated[Path, typer.Option("-c", "--config", help="The project file.")]
@@ -72,6 +99,8 @@ SeedOption = Annotated[int, typer.Option("--seed", min=0, max=2**63 - 1)]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 DEFAULT_CONFIG = Path("persyn.yaml")
+
+_FALLEN_BACK = "cross-validation found no gain over the best single teacher: the router falls back to it"
 
 
 def main() -> None:
@@ -193,11 +222,20 @@ def score(
         raise typer.Exit(EXIT_SOME_FAILED)
 
 
+def _read_recipe(path: Path) -> "FineTuneRecipe":
+    from router_model.recipe import read_recipe
+
+    return read_recipe(path)
+
+
 @app.command()
 def train(
     scores: Annotated[Path, typer.Option("--scores", help="Score table, .parquet or .jsonl.")],
-    backbone: Annotated[str, typer.Option("--backbone", help="Hub id, folder or .gguf file.")],
     out: Annotated[Path, typer.Option("--out", help="Folder of the checkpoint.")],
+    backbone: Annotated[
+        str | None,
+        typer.Option("--backbone", help="Hub id, folder or .gguf file; by default the recipe's."),
+    ] = None,
     student: Annotated[str, typer.Option("--student", help="Student id.")] = "student",
     student_family: Annotated[str | None, typer.Option("--student-family")] = None,
     alpha: Annotated[float, typer.Option("--alpha", min=0.0, max=1.0, help="Weight of learnability.")] = 0.4,
@@ -206,12 +244,28 @@ def train(
     ] = "mean_logprob",
     head: Annotated[HeadName, typer.Option("--head")] = "auto",
     max_tokens: Annotated[int, typer.Option("--max-tokens", min=8)] = 2048,
+    views: Annotated[
+        str | None, typer.Option("--views", help="Hidden states to use, such as last@22,mean@15.")
+    ] = None,
+    embeddings: Annotated[
+        Path | None,
+        typer.Option("--embeddings", help="Cache of embeddings; by default in the user's cache folder."),
+    ] = None,
+    recipe: Annotated[
+        Path | None,
+        typer.Option("--recipe", help="Fine-tune the backbone by this file (see recipes/); for a GPU."),
+    ] = None,
     seed: SeedOption = 0,
     as_json: JsonOption = False,
 ) -> None:
     """Train a router on a score table."""
-    from router_model.pipeline.train import TrainSettings, train_router
+    from router_model.pipeline.train import TrainSettings, parse_views, train_router
 
+    plan = None if recipe is None else _read_recipe(recipe)
+    if backbone is None:
+        if plan is None:
+            raise typer.BadParameter("give a backbone, or a recipe that names one", param_hint="--backbone")
+        backbone = plan.backbone
     settings = TrainSettings(
         student=student,
         student_family=student_family,
@@ -221,15 +275,25 @@ def train(
         learnability=learnability,
         seed=seed,
         max_tokens=max_tokens,
+        views=parse_views(views),
     )
     with progress_for() as progress:
-        result = train_router(scores, out, settings, progress=progress)
+        if plan is not None:
+            from router_model.pipeline.fine_tune import fine_tune_router
+
+            result = fine_tune_router(scores, out, settings, plan, progress=progress)
+        else:
+            from service.settings import cache_folder
+
+            cache = embeddings or cache_folder() / "embeddings.sqlite"
+            result = train_router(scores, out, settings, progress=progress, embeddings=cache)
     _show(
         result.as_json(),
         as_json,
         [
             f"router {result.checkpoint_id[:12]} for {student!r}: head {result.head!r} on "
-            f"{result.n_prompts} prompts x {result.n_teachers} teachers, in {out}"
+            f"{result.n_prompts} prompts x {result.n_teachers} teachers, in {out}",
+            *([] if result.helps else [_FALLEN_BACK]),
         ],
     )
 
@@ -291,26 +355,41 @@ def synthesize(
         Path | None, typer.Option("--checkpoint", help="That of the student if absent.")
     ] = None,
     student: StudentOption = None,
-    strategy: Annotated[Strategy, typer.Option("--strategy")] = "persyn",
-    temperature: Annotated[
-        float, typer.Option("--temperature", min=0.0, max=100.0, help="0 takes the best.")
-    ] = 0.0,
+    strategy: StrategyOption = "persyn",
+    teachers: TeachersOption = None,
+    exclude: ExcludeOption = None,
+    alpha: AlphaOption = None,
+    temperature: TemperatureOption = 0.0,
     seed: SeedOption = 0,
+    cost_weight: CostWeightOption = 0.0,
+    top_k: TopKOption = None,
+    mix_strong_share: MixStrongShareOption = MIX_STRONG_SHARE,
+    car_beta: CarBetaOption = CAR_BETA,
     as_json: JsonOption = False,
 ) -> None:
     """Route each prompt, let its teacher answer, and write a data set. Resumable."""
     from router_model.pipeline.config import load_project
     from router_model.pipeline.synthesize import SynthesisSettings, synthesize_dataset
+    from router_model.strategies import RouteOptions
 
-    settings = SynthesisSettings(
-        strategy=strategy, temperature=temperature, seed=seed, command=_command_line()
+    options = RouteOptions(
+        strategy=strategy,
+        teachers=teachers or None,
+        exclude=exclude or (),
+        alpha=alpha,
+        temperature=temperature,
+        seed=seed,
+        cost_weight=cost_weight,
+        top_k=top_k,
+        mix_strong_share=mix_strong_share,
+        car_beta=car_beta,
     )
     with progress_for() as progress:
         result = synthesize_dataset(
             load_project(config),
             prompts,
             out,
-            settings,
+            SynthesisSettings(options, command=_command_line()),
             progress=progress,
             student_id=student,
             checkpoint=checkpoint,
@@ -359,29 +438,52 @@ def route(
     prompt: Annotated[str, typer.Argument(help="The prompt.")],
     config: ConfigOption = DEFAULT_CONFIG,
     student: StudentOption = None,
+    strategy: StrategyOption = "persyn",
+    teachers: TeachersOption = None,
+    exclude: ExcludeOption = None,
+    alpha: AlphaOption = None,
+    temperature: TemperatureOption = 0.0,
+    seed: SeedOption = 0,
+    cost_weight: CostWeightOption = 0.0,
+    top_k: TopKOption = None,
+    mix_strong_share: MixStrongShareOption = MIX_STRONG_SHARE,
+    car_beta: CarBetaOption = CAR_BETA,
     as_json: JsonOption = False,
 ) -> None:
     """Show which teacher suits a prompt, as a bar chart. No teacher is asked."""
     from router_model.inference import Router
     from router_model.pipeline.config import load_project
-    from router_model.pipeline.decisions import decide_all
+    from router_model.pipeline.decisions import decide_all, known_prices
     from router_model.pipeline.prompts import prompt_from_text
     from router_model.strategies import RouteOptions
 
     project = load_project(config)
+    options = RouteOptions(
+        strategy=strategy,
+        teachers=teachers or None,
+        exclude=exclude or (),
+        alpha=alpha,
+        temperature=temperature,
+        seed=seed,
+        cost_weight=cost_weight,
+        top_k=top_k,
+        mix_strong_share=mix_strong_share,
+        car_beta=car_beta,
+        prices=known_prices(project.teacher_specs(with_keys=False)),
+    )
     router = Router.load(Path(project.student(student).checkpoint), moved_to=project.router.backbone)
-    decision = decide_all(router, [prompt_from_text(prompt)], RouteOptions())[0]
-    shares = sorted(decision.distribution.items(), key=lambda pair: -pair[1])
-    result = {"teacher": decision.teacher, "distribution": dict(shares), "uncertain": decision.uncertain}
-    _show(result, as_json, bar_chart(shares))
-
-
-def bar_chart(shares: Sequence[tuple[str, float]], width: int = 40) -> list[str]:
-    """One line per teacher: its name, a bar, its share."""
-    label_width = max(len(name) for name, _ in shares)
-    return [
-        f"{name:<{label_width}}  {'█' * round(width * share):<{width}} {share:6.1%}" for name, share in shares
-    ]
+    decision = decide_all(router, [prompt_from_text(prompt)], options)[0]
+    result = {
+        "teacher": decision.teacher,
+        "strategy": strategy,
+        "alpha": router.manifest.alpha if alpha is None else alpha,
+        "distribution": dict(by_share(decision)),
+        "margin": decision.margin,
+        "uncertain": decision.uncertain,
+        "conformal_set": list(decision.conformal_set),
+        "out_of_distribution": decision.out_of_distribution,
+    }
+    _show(result, as_json, decision_lines(decision))
 
 
 def _check_cache(config: Path) -> "Finding":

@@ -1,26 +1,22 @@
 """RoutingService: prompts in, one routing decision each out."""
 
 import asyncio
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Protocol
 
 from clients.canonical import messages_hash
-from clients.dispatcher import cost_usd
 from clients.schemas import PromptBody, RouteRequest
-from clients.types import Price, Prompt, RoutingDecision, Strategy, Usage
-from router_model.strategies import RouteOptions, decide
+from clients.types import Price, Prompt, RoutingDecision, Strategy
+from router_model.decision import decide, outlook_at
+from router_model.strategies import RouteOptions
 from router_model.tokenization import message_text, prompt_text
 from service.admission import Admission
 from service.errors import DeadlineExceededError, InvalidRequestError
 from service.students import ScoredPrompt, Student, Students
 
 _ID_LENGTH = 16
-_ASSUMED_ANSWER_TOKENS = 512
-"""Where the score table did not say how long a teacher's answers are."""
-
 _CHUNK = 64
 """Prompts handled between two turns of the event loop: other requests are served meanwhile."""
 
@@ -43,6 +39,8 @@ class Routed:
     student: str
     strategy: Strategy
     alpha: float
+    coverage: float | None
+    """Share of the prompts whose best teacher is in the conformal set; ``None`` if not calibrated."""
     prompts: Sequence[Prompt]
     decisions: Sequence[RoutingDecision | Exception]
 
@@ -52,7 +50,7 @@ class RoutingService:
 
     Args:
         students: The loaded routers.
-        prices: By teacher id; for requests that weigh cost.
+        prices: By teacher id, of those that have a known one; for requests that weigh cost.
         queue: Permits for prompts that wait for the model.
         observer: Told of each decision.
     """
@@ -79,27 +77,27 @@ class RoutingService:
         Raises:
             UnknownStudentError: The student is not in the project file.
             InvalidRequestError: A prompt or a teacher id of the request cannot be used.
-            StrategyError: The router was not trained for this strategy or alpha.
+            StrategyError: The router cannot serve this strategy or alpha, or an option has no meaning for it.
             OverloadedError: Too many prompts wait already.
             DeadlineExceededError: The deadline came first.
         """
         student = self._students.get(request.student)
-        allowed = _allowed_teachers(request, student)
-        if not math.isfinite(request.cost_weight):
-            raise InvalidRequestError("cost_weight must be a finite number", loc=("cost_weight",))
+        _require_known_teachers(request, student)
+        options = self._options(request)
         try:
             async with asyncio.timeout_at(deadline_s):
                 with self._queue.permits(len(request.prompts)):
                     prompts = await _prompts(request.prompts)
                     scored = await student.score([prompt_text(prompt.messages) for prompt in prompts])
-                    decisions = await self._decide(student, request, allowed, prompts, scored)
+                    decisions = await self._decide(student, options, prompts, scored)
         except TimeoutError:
             raise DeadlineExceededError("the deadline passed before all prompts were routed") from None
         return Routed(
             checkpoint_id=student.manifest.checkpoint_id,
             student=student.spec.id,
             strategy=request.strategy,
-            alpha=student.manifest.alpha,
+            alpha=student.manifest.alpha if request.alpha is None else request.alpha,
+            coverage=_coverage(scored, request.alpha),
             prompts=prompts,
             decisions=decisions,
         )
@@ -107,8 +105,7 @@ class RoutingService:
     async def _decide(
         self,
         student: Student,
-        request: RouteRequest,
-        allowed: Sequence[str],
+        options: RouteOptions,
         prompts: Sequence[Prompt],
         scored: Sequence[ScoredPrompt | Exception],
     ) -> list[RoutingDecision | Exception]:
@@ -119,44 +116,29 @@ class RoutingService:
             if isinstance(outcome, Exception):
                 decisions.append(outcome)
                 continue
-            decision = self._decide_one(student, request, allowed, prompt.id, outcome)
-            self._observer.prompt_routed(student.spec.id, request.strategy, decision)
+            decision = decide(student.manifest, outcome.output, outcome.row, prompt.id, options)
+            self._observer.prompt_routed(student.spec.id, options.strategy, decision)
             decisions.append(decision)
         return decisions
 
-    def _decide_one(
-        self,
-        student: Student,
-        request: RouteRequest,
-        allowed: Sequence[str],
-        prompt_id: str,
-        scored: ScoredPrompt,
-    ) -> RoutingDecision:
-        n_input_tokens = int(scored.output.input_tokens_B[scored.row])
-        options = RouteOptions(
+    def _options(self, request: RouteRequest) -> RouteOptions:
+        return RouteOptions(
             strategy=request.strategy,
+            teachers=request.teachers,
+            exclude=request.exclude,
             alpha=request.alpha,
-            teachers=_strongest(student, scored, allowed, request.top_k),
             temperature=request.temperature,
             seed=request.seed,
             cost_weight=request.cost_weight,
-            expected_cost_usd=self._expected_cost_usd(student, n_input_tokens) if request.cost_weight else {},
+            top_k=request.top_k,
+            mix_strong_share=request.mix_strong_share,
+            car_beta=request.car_beta,
+            prices=self._prices,
         )
-        return decide(student.manifest, scored.output, scored.row, prompt_id, options)
-
-    def _expected_cost_usd(self, student: Student, n_input_tokens: int) -> dict[str, float]:
-        """What an answer of each teacher will cost, if it is as long as its answers in training."""
-        return {
-            teacher.id: cost_usd(
-                Usage(n_input_tokens, round(teacher.mean_n_tokens or _ASSUMED_ANSWER_TOKENS)),
-                self._prices[teacher.id],
-            )
-            for teacher in student.manifest.teachers
-        }
 
 
-def _allowed_teachers(request: RouteRequest, student: Student) -> list[str]:
-    """Teachers the request leaves to choose from, in column order. A name that means nothing is refused."""
+def _require_known_teachers(request: RouteRequest, student: Student) -> None:
+    """Refuse a teacher's name that means nothing, and a request that leaves no teacher."""
     for field, named in (("teachers", request.teachers or []), ("exclude", request.exclude)):
         for index, teacher in enumerate(named):
             if teacher not in student.teachers:
@@ -168,21 +150,14 @@ def _allowed_teachers(request: RouteRequest, student: Student) -> list[str]:
                     loc=(field, index),
                 )
     wanted = student.teachers if request.teachers is None else request.teachers
-    allowed = [name for name in student.teachers if name in wanted and name not in request.exclude]
-    if not allowed:
+    if not set(wanted) - set(request.exclude):
         raise InvalidRequestError("exclude leaves no teacher to choose", loc=("exclude",))
-    return allowed
 
 
-def _strongest(
-    student: Student, scored: ScoredPrompt, allowed: Sequence[str], top_k: int | None
-) -> Sequence[str]:
-    """The ``top_k`` strongest allowed teachers for one prompt; ties go to the first column."""
-    if top_k is None or top_k >= len(allowed):
-        return allowed
-    strengths_M = scored.output.strengths_BM[scored.row]
-    column = {teacher: index for index, teacher in enumerate(student.teachers)}
-    return sorted(allowed, key=lambda teacher: -strengths_M[column[teacher]])[:top_k]
+def _coverage(scored: Sequence[ScoredPrompt | Exception], alpha: float | None) -> float | None:
+    """Coverage of the conformal sets, the same for all prompts: a fact of the checkpoint at this alpha."""
+    first = next((outcome for outcome in scored if isinstance(outcome, ScoredPrompt)), None)
+    return None if first is None else outlook_at(first.output, alpha).coverage
 
 
 async def _prompts(bodies: Sequence[PromptBody]) -> list[Prompt]:

@@ -23,8 +23,13 @@ def _split_keys(value: Any) -> Any:
 ApiKeys = Annotated[tuple[SecretStr, ...], NoDecode, BeforeValidator(_split_keys)]
 
 
+def cache_folder() -> Path:
+    """Where this user's caches lie."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "persyn"
+
+
 def _default_cache_path() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "persyn" / "responses.sqlite"
+    return cache_folder() / "responses.sqlite"
 
 
 class Settings(BaseSettings):

@@ -15,14 +15,15 @@ from clients.errors import ConfigurationError
 from clients.types import StudentSpec
 from router_model.backbone import Backbone
 from router_model.checkpoint import Manifest, read_checkpoint
-from router_model.inference import Router, RouterOutput
+from router_model.inference import Router
+from router_model.outlook import RouterOutput
 from service.batching import Batcher, BatchObserver, running
 from service.errors import UnknownStudentError
 
 logger = structlog.get_logger(__name__)
 
-BackboneKey = tuple[str, str, int]
-"""Fingerprint, pooling, token limit: what makes two backbones the same."""
+BackboneKey = tuple[str, str, int, str | None]
+"""Fingerprint, frame, token limit, fine-tuned weights: what makes two backbones the same."""
 
 _CHARS_PER_TOKEN = 4
 _WARM_UP_TEXT = "Warm up."
@@ -150,7 +151,7 @@ def _load_router(spec: StudentSpec, backbones: dict[BackboneKey, Backbone], thre
     folder = Path(spec.checkpoint)
     _, manifest = read_checkpoint(folder)
     wanted = manifest.backbone
-    key = (wanted.fingerprint, wanted.pooling, wanted.max_tokens)
+    key = (wanted.fingerprint, wanted.frame, wanted.max_tokens, wanted.weights_sha256)
     router = Router.load(folder, backbones.get(key), moved_to=spec.backbone, threads=threads)
     backbones[key] = router.backbone
     return router

@@ -17,7 +17,7 @@ from local import HERE, LocalServices, free_port, project_text
 
 from clients.persyn import PersynClient
 from router_model.pipeline.dataset import DATA_FILE
-from service.cli import bar_chart
+from service.decision_text import bar_chart
 
 PROMPTS_TO_ROUTE = (
     "Reply with a JSON object that has the keys planet and moons, about Mars.",

@@ -23,7 +23,21 @@ from clients.errors import ConfigurationError
 from clients.types import License, Limits, Price, Project, StudentSpec, TeacherSpec
 from router_model.reward import LearnabilityMeasure
 
-HeadChoice = Literal["auto", "constant", "ridge", "bt"]
+HeadChoice = Literal[
+    "auto",
+    "constant",
+    "ridge",
+    "knn",
+    "cluster",
+    "mlp",
+    "bt",
+    "paper_bt",
+    "soft_bt",
+    "regression",
+    "listwise",
+    "plackett_luce",
+    "regret",
+]
 
 Identifier = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[^\s/]+(/[^\s/]+)*$")]
 Named = TypeVar("Named", "StudentSection", "TeacherSection")
@@ -99,7 +113,7 @@ class TeacherSection(_Section):
     system_prompt: str | None = None
     sampling: JsonObject = Field(default_factory=dict)
     extra_body: JsonObject = Field(default_factory=dict)
-    price: PriceSection = PriceSection()
+    price: PriceSection | None = None
     limits: LimitsSection = LimitsSection()
     timeout_s: Annotated[float, Field(gt=0)] = 120.0
     license: LicenseSection = LicenseSection()
@@ -130,7 +144,7 @@ class TeacherSection(_Section):
             system_prompt=self.system_prompt,
             sampling=self.sampling,
             extra_body=self.extra_body,
-            price=Price(**self.price.model_dump()),
+            price=None if self.price is None else Price(**self.price.model_dump()),
             limits=Limits(**self.limits.model_dump()),
             timeout_s=self.timeout_s,
             license=License(**self.license.model_dump()),
@@ -178,6 +192,10 @@ class RouterSection(_Section):
     backbone: Annotated[str, Field(min_length=1, description="Hub id, local folder, or a .gguf file.")]
     head: HeadChoice = "auto"
     max_tokens: Annotated[int, Field(ge=8)] = 2048
+    views: Annotated[
+        list[str] | None,
+        Field(description="Hidden states to use, such as last@22; several layers by default.", min_length=1),
+    ] = None
 
 
 class ProjectFile(_Section):
@@ -381,6 +399,7 @@ teachers:
     family: qwen
     size_b: 72
     sampling: {temperature: 0.7, top_p: 0.95, max_tokens: 1024}
+    # Without a price its cost is unknown, which a choice by cost takes for dear. State 0 where it is free.
     price: {input_usd_per_mtok: 0.9, output_usd_per_mtok: 0.9}
     limits: {concurrency: 16}
     timeout_s: 120

@@ -22,6 +22,8 @@ from router_model.pipeline.progress import Progress
 from router_model.pipeline.score import SCORES_FILE, require_trainable, score
 from router_model.pipeline.train import TrainSettings, train_router
 
+EMBEDDINGS_FILE = "embeddings.sqlite"
+
 
 @dataclass(frozen=True, slots=True)
 class RunResult:
@@ -78,13 +80,16 @@ def _train(project: ProjectFile, student: StudentSection, folder: Path, progress
         learnability=project.reward.learnability,
         seed=project.calibration.seed,
         max_tokens=project.router.max_tokens,
+        views=None if project.router.views is None else tuple(project.router.views),
     )
     scores, checkpoint = folder / SCORES_FILE, Path(student.checkpoint)
     backbone = model_identity(settings.backbone)
     inputs = {"scores_sha256": file_sha256(scores), "backbone_identity": backbone, **settings.as_json()}
     if stage_is_done(folder, "train", inputs, [checkpoint]) and _is_own(checkpoint, folder):
         return
-    result = train_router(scores, checkpoint, settings, progress=progress)
+    result = train_router(
+        scores, checkpoint, settings, progress=progress, embeddings=folder / EMBEDDINGS_FILE
+    )
     record_stage(folder, "train", inputs, {"checkpoint_id": result.checkpoint_id})
 
 

@@ -1,19 +1,19 @@
 """Stage ``synthesize``: route every prompt, let its teacher answer, write the data set."""
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from clients.canonical import content_hash
-from clients.types import Assignment, Prompt, RoutingDecision, Strategy, TeacherSpec
+from clients.types import Assignment, Prompt, RoutingDecision, TeacherSpec
 from router_model.errors import CheckpointError, PipelineError
 from router_model.inference import Router
 from router_model.pipeline.artifacts import locked_folder, read_json, write_json
 from router_model.pipeline.config import ProjectFile
 from router_model.pipeline.dataset import Answer, DataSetSummary, Origin, write_dataset
-from router_model.pipeline.decisions import decide_all
+from router_model.pipeline.decisions import decide_all, known_prices
 from router_model.pipeline.generation import Failure, answers_by_key, generate, request_key
 from router_model.pipeline.progress import Progress
 from router_model.pipeline.prompts import read_prompts
@@ -25,16 +25,15 @@ RESPONSES_FILE = ".responses.jsonl"
 
 @dataclass(frozen=True, slots=True)
 class SynthesisSettings:
-    """How teachers are chosen."""
+    """How teachers are chosen.
 
-    strategy: Strategy = "persyn"
-    temperature: float = 0.0
-    seed: int = 0
+    Args:
+        options: Without prices, which the project file states.
+        command: The command line that writes the data set again.
+    """
+
+    options: RouteOptions
     command: str = "persyn synthesize"
-
-    def options(self) -> RouteOptions:
-        """As the strategies take them."""
-        return RouteOptions(strategy=self.strategy, temperature=self.temperature, seed=self.seed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +73,9 @@ def synthesize_dataset(
     Raises:
         TableError: The prompt file is malformed; nothing has been asked.
         CheckpointError: The router is missing, or chooses teachers that the project file does not name.
-        PipelineError: The folder was begun with another router or strategy, or the disk is full.
+        StrategyError: The router cannot serve the strategy or alpha; nothing has been asked.
+        PipelineError: The folder was begun with another router or another way of choosing, or the disk is
+            full.
     """
     student = project.student(student_id)
     specs = project.teacher_specs()
@@ -83,9 +84,10 @@ def synthesize_dataset(
         folder_of_router = checkpoint or Path(student.checkpoint)
         router = Router.load(folder_of_router, moved_to=project.router.backbone)
         require_known_teachers(router, specs)
-        decisions = decide_all(router, prompts, settings.options())
+        options = replace(settings.options, prices=known_prices(specs))
+        decisions = decide_all(router, prompts, options)
         origin = _origin(router, student.id, settings)
-        _write_plan(folder, origin, decisions)
+        _write_plan(folder, origin, _way_of_choosing(router, options), decisions)
         assignments = [
             _assignment(prompt, decision, origin) for prompt, decision in zip(prompts, decisions, strict=True)
         ]
@@ -109,23 +111,31 @@ def require_known_teachers(router: Router, specs: Sequence[TeacherSpec]) -> None
 def _origin(router: Router, student_id: str, settings: SynthesisSettings) -> Origin:
     return Origin(
         student=student_id,
-        strategy=settings.strategy,
+        strategy=settings.options.strategy,
         checkpoint_id=router.manifest.checkpoint_id,
-        seed=settings.seed,
-        temperature=settings.temperature,
+        seed=settings.options.seed,
+        temperature=settings.options.temperature,
         rebuild_command=settings.command,
     )
 
 
-def _write_plan(folder: Path, origin: Origin, decisions: Sequence[RoutingDecision]) -> None:
-    """Record how teachers were chosen. A folder holds the answers of one way of choosing."""
-    identity = {
-        "student": origin.student,
-        "strategy": origin.strategy,
-        "checkpoint_id": origin.checkpoint_id,
-        "seed": origin.seed,
-        "temperature": origin.temperature,
+def _way_of_choosing(router: Router, options: RouteOptions) -> dict[str, Any]:
+    """The options as JSON. Prices are among them only where cost counts: else they may change."""
+    chosen = {
+        name: value for name, value in asdict(options).items() if options.cost_weight or name != "prices"
     }
+    chosen["alpha"] = router.manifest.alpha if options.alpha is None else options.alpha
+    allowed, excluded = chosen.pop("teachers"), chosen.pop("exclude")
+    chosen["allowed_teachers"] = None if allowed is None else sorted(allowed)
+    chosen["excluded_teachers"] = sorted(excluded)
+    return chosen
+
+
+def _write_plan(
+    folder: Path, origin: Origin, choosing: Mapping[str, Any], decisions: Sequence[RoutingDecision]
+) -> None:
+    """Record how teachers were chosen. A folder holds the answers of one way of choosing."""
+    identity = {"student": origin.student, "checkpoint_id": origin.checkpoint_id, **choosing}
     path = folder / "plan.json"
     earlier = read_json(path) if path.exists() else {}
     for name, value in identity.items():
@@ -142,6 +152,7 @@ def _write_plan(folder: Path, origin: Origin, decisions: Sequence[RoutingDecisio
             "n_prompts": len(decisions),
             "teachers": dict(counts.most_common()),
             "n_uncertain": sum(decision.uncertain for decision in decisions),
+            "n_out_of_distribution": sum(decision.out_of_distribution for decision in decisions),
             "assignments_sha256": content_hash([[d.prompt_id, d.teacher] for d in decisions]),
         },
     )

@@ -1,22 +1,23 @@
 """Stage ``train``: score table → router checkpoint."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from router_model.backbone import load_backbone
+from router_model.backbone import Backbone, load_backbone
 from router_model.checkpoint import BackboneFacts, StudentFacts, TrainingFacts, write_checkpoint
+from router_model.embedding_cache import EmbeddingCache, encode_all
 from router_model.errors import TableError
-from router_model.model import fit_router
+from router_model.model import RouterModel
 from router_model.pipeline.artifacts import git_revision
 from router_model.pipeline.config import HeadChoice
 from router_model.pipeline.progress import Progress
 from router_model.reward import LearnabilityMeasure, Normalization
-from router_model.table import read_table
-
-_BATCH = 256
+from router_model.table import ScoreTable, read_table
+from router_model.training import fit_router
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +34,8 @@ class TrainSettings:
     learnability: LearnabilityMeasure = "mean_logprob"
     seed: int = 0
     max_tokens: int = 2048
+    views: tuple[str, ...] | None = None
+    """Such as ``last@22``; several layers of the backbone by default."""
 
     def as_json(self) -> dict[str, Any]:
         """For manifests."""
@@ -45,6 +48,8 @@ class TrainResult:
 
     checkpoint_id: str
     head: str
+    helps: bool
+    """Whether cross-validation found a gain over the best single teacher."""
     n_prompts: int
     n_teachers: int
     folder: Path
@@ -54,56 +59,99 @@ class TrainResult:
         return {**asdict(self), "folder": str(self.folder)}
 
 
-def train_router(scores: Path, folder: Path, settings: TrainSettings, *, progress: Progress) -> TrainResult:
+def train_router(
+    scores: Path,
+    folder: Path,
+    settings: TrainSettings,
+    *,
+    progress: Progress,
+    embeddings: Path | None = None,
+) -> TrainResult:
     """Train on the prompts of a score table that are not marked as test prompts.
+
+    Args:
+        embeddings: Cache of embeddings, a SQLite file; None for no cache.
 
     Raises:
         TableError: The table is malformed, lacks the measure of learnability, or holds nothing to train on.
         RouterError: ``alpha`` > 0 and the table has no learnability.
         BackboneError: The backbone cannot be loaded.
     """
-    table = read_table(scores, learnability=settings.learnability)
-    training = table.select(np.array([split != "test" for split in table.split_N]))
-    if not training.n_prompts:
-        raise TableError(scores, "every prompt is marked as a test prompt; nothing is left to train on")
-    backbone = load_backbone(settings.backbone, max_tokens=settings.max_tokens)
+    training = training_table(scores, settings.learnability)
+    backbone = load_backbone(settings.backbone, max_tokens=settings.max_tokens, views=settings.views)
+    cache = None if embeddings is None else EmbeddingCache(embeddings)
     progress.start("encode", total=training.n_prompts)
-    features = []
-    for start in range(0, training.n_prompts, _BATCH):
-        texts = training.prompts[start : start + _BATCH]
-        features.append(backbone.encode(texts).features_BD)
-        progress.advance(len(texts))
+    encoded = encode_all(backbone, training.prompts, cache=cache, progress=progress.advance)
     progress.finish()
+    progress.start("train", total=1)
     model = fit_router(
-        np.concatenate(features),
+        encoded.features_BD,
         training,
         alpha=settings.alpha,
         normalization=settings.normalization,
         head_kind=settings.head,
         seed=settings.seed,
+        widths=[backbone.hidden] * len(backbone.views),
     )
+    progress.advance()
+    progress.finish()
     checkpoint_id = write_checkpoint(
         folder,
         model,
         student=StudentFacts(settings.student, settings.student_family),
-        backbone=BackboneFacts(
-            # A local model by its whole path: the router may be loaded from another folder.
-            name=str(Path(settings.backbone).resolve())
-            if Path(settings.backbone).exists()
-            else settings.backbone,
-            fingerprint=backbone.fingerprint,
-            pooling=backbone.pooling,
-            max_tokens=backbone.max_tokens,
-            width=backbone.width,
-        ),
-        training=TrainingFacts(training.content_sha256, training.n_prompts, training.prompt_hashes()),
+        backbone=backbone_facts(settings.backbone, backbone),
+        training=training_facts(training),
         learnability=settings.learnability,
         git_revision=git_revision(Path.cwd()),
     )
+    return train_result(checkpoint_id, model, training, folder)
+
+
+def training_table(scores: Path, learnability: LearnabilityMeasure) -> ScoreTable:
+    """The prompts of a score table that are not marked as test prompts.
+
+    Raises:
+        TableError: The table is malformed, or nothing is left.
+    """
+    table = read_table(scores, learnability=learnability)
+    training = table.select(np.array([split != "test" for split in table.split_N]))
+    if not training.n_prompts:
+        raise TableError(scores, "every prompt is marked as a test prompt; nothing is left to train on")
+    return training
+
+
+def backbone_facts(name: str, backbone: Backbone, *, weights_sha256: str | None = None) -> BackboneFacts:
+    """What a checkpoint remembers of its backbone."""
+    return BackboneFacts(
+        # A local model by its whole path: the router may be loaded from another folder.
+        name=str(Path(name).resolve()) if Path(name).exists() else name,
+        fingerprint=backbone.fingerprint,
+        views=tuple(map(str, backbone.views)),
+        frame=backbone.frame,
+        max_tokens=backbone.max_tokens,
+        width=backbone.width,
+        weights_sha256=weights_sha256,
+    )
+
+
+def training_facts(training: ScoreTable) -> TrainingFacts:
+    """What a checkpoint remembers of its training prompts."""
+    return TrainingFacts(training.content_sha256, training.n_prompts, training.prompt_hashes())
+
+
+def train_result(checkpoint_id: str, model: RouterModel, training: ScoreTable, folder: Path) -> TrainResult:
+    """The result of a training run."""
     return TrainResult(
         checkpoint_id=checkpoint_id,
-        head=model.strength.kind,
+        head=model.kind,
+        helps=any(item.helps for item in model.calibration if item.alpha == model.alpha),
         n_prompts=training.n_prompts,
         n_teachers=training.n_teachers,
         folder=folder,
     )
+
+
+def parse_views(text: str | None) -> tuple[str, ...] | None:
+    """Names of views from a list with commas."""
+    names: Sequence[str] = [] if text is None else [part.strip() for part in text.split(",")]
+    return tuple(names) or None

@@ -158,6 +158,8 @@ def _detail(error: Exception, row: Row) -> str:
 def _field_errors(error: Exception) -> list[dict[str, Any]] | None:
     if isinstance(error, RequestValidationError):
         return [{"loc": list(_spelt(fault["loc"])), "msg": fault["msg"]} for fault in error.errors()]
+    if isinstance(error, router_errors.StrategyError) and "field" in error.details:
+        return [{"loc": ["body", error.details["field"]], "msg": error.message}]
     return error.errors if isinstance(error, service_errors.InvalidRequestError) else None
 
 

@@ -1,12 +1,14 @@
 """``POST /route``."""
 
 from dataclasses import fields
+from typing import Annotated
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Body, Response
 
 from clients.schemas import DecisionBody, RouteRequest, RouteResponse
 from clients.types import RoutingDecision
 from service.api.dependencies import OpenServices
+from service.api.examples import ROUTE_REQUESTS, ROUTE_RESPONSE
 from service.api.problems import documented
 
 handlers = APIRouter(tags=["routing"])
@@ -17,10 +19,15 @@ _SHARED_FIELDS = tuple(field.name for field in fields(RoutingDecision) if field.
 @handlers.post(
     "/route",
     response_model=RouteResponse,
-    responses=documented(400, 401, 404, 413, 422, 429, 500, 503),
+    responses={
+        200: {"content": {"application/json": {"example": ROUTE_RESPONSE}}},
+        **documented(400, 401, 404, 413, 422, 429, 500, 503),
+    },
     summary="Choose a teacher for each prompt",
 )
-async def route(request: RouteRequest, services: OpenServices) -> Response:
+async def route(
+    request: Annotated[RouteRequest, Body(openapi_examples=ROUTE_REQUESTS)], services: OpenServices
+) -> Response:
     """Which teacher suits each prompt, in the order of the prompts. No teacher is asked."""
     routed = await services.routing.route(request)
     decisions = []
@@ -33,6 +40,7 @@ async def route(request: RouteRequest, services: OpenServices) -> Response:
         student=routed.student,
         strategy=routed.strategy,
         alpha=routed.alpha,
+        coverage=routed.coverage,
         decisions=decisions,
     )
     return Response(body.model_dump_json(), media_type="application/json")

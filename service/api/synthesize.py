@@ -3,9 +3,9 @@
 import asyncio
 from contextlib import ExitStack
 from dataclasses import asdict
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Body, Response
 from starlette.types import Receive, Scope, Send
 from typing_extensions import override
 
@@ -20,6 +20,7 @@ from clients.schemas import (
 )
 from clients.types import Answered
 from service.api.dependencies import CallPermit, OpenServices
+from service.api.examples import SYNTHESIZE_REQUESTS
 from service.api.problems import documented, error_body
 from service.synthesis import SynthesisPlan, SynthesisService
 
@@ -41,7 +42,11 @@ _KEPT_OF_MESSAGE = ("reasoning_content", "tool_calls")
     },
     summary="Route prompts and let their teachers answer",
 )
-async def synthesize(request: SynthesizeRequest, services: OpenServices, permit: CallPermit) -> Response:
+async def synthesize(
+    request: Annotated[SynthesizeRequest, Body(openapi_examples=SYNTHESIZE_REQUESTS)],
+    services: OpenServices,
+    permit: CallPermit,
+) -> Response:
     """Every prompt gets an answer with its provenance, or an error of its own; one never fails another."""
     plan = await services.synthesis.plan(request)
     if request.stream:

@@ -85,7 +85,7 @@ def _teacher_state(endpoint: Endpoint, students: list[str]) -> TeacherState:
         model=spec.model,
         family=spec.family,
         size_b=spec.size_b,
-        price=asdict(spec.price),
+        price=None if spec.price is None else asdict(spec.price),
         limits=asdict(spec.limits),
         in_flight=endpoint.limiter.n_in_flight,
         breaker=endpoint.breaker.state,

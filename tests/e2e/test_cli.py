@@ -265,11 +265,21 @@ def test_help_of_serve_lists_the_settings(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [("--seed", "-1"), ("--seed", str(2**63)), ("--temperature", "100.5"), ("--temperature", "nan")],
+    [
+        ("--seed", "-1"),
+        ("--seed", str(2**63)),
+        ("--temperature", "100.5"),
+        ("--temperature", "nan"),
+        ("--alpha", "1.5"),
+        ("--mix-strong-share", "2"),
+        ("--car-beta", "-1"),
+        ("--cost-weight", "nan"),
+        ("--top-k", "0"),
+    ],
 )
 def test_numbers_out_of_range_are_wrong_usage(tmp_path: Path, options: tuple[str, str]) -> None:
     """A seed beyond 63 bits, a temperature above 100 or nan: exit code 2, naming the option."""
-    commands: list[tuple[str, ...]] = [("synthesize", "--prompts", "p", "--out", "o")]
+    commands: list[tuple[str, ...]] = [("synthesize", "--prompts", "p", "--out", "o"), ("route", "x")]
     if options[0] == "--seed":
         commands.append(("train", "--scores", "s", "--backbone", "b", "--out", "o"))
     for command in commands:

@@ -104,6 +104,36 @@ def test_synthesize_writes_each_prompt_once_and_resumes(project: tuple[Path, Fak
     assert [row["teacher"] for row in rows] == ["lists", "shouts"]
     refused = persyn(folder, *arguments, "--strategy", "random", code=1)
     assert "was begun with strategy 'persyn'" in refused["detail"]
+    for options, told in (
+        (("--alpha", "0"), "was begun with alpha"),
+        (("--exclude", "lists"), "was begun with excluded_teachers [], not ['lists']"),
+        (("--strategy", "strong", "--temperature", "1"), "temperature has no meaning for strategy 'strong'"),
+    ):
+        assert told in persyn(folder, *arguments, *options, code=1)["detail"]
+
+
+def test_synthesize_and_route_obey_the_options_of_choice(project: tuple[Path, FakeTeacher]) -> None:
+    """Allow-list, exclusion, strategy and its parameters, alpha: the same on both commands."""
+    folder, _ = project
+    prompt = "Name three scarves as bullets."
+    (folder / "one.jsonl").write_text(json.dumps({"id": "o1", "prompt": prompt}) + "\n")
+    assert persyn(folder, "route", prompt)["teacher"] == "lists"
+    for number, options in enumerate((("--teacher", "shouts"), ("--exclude", "lists"))):
+        assert persyn(folder, "route", prompt, *options)["teacher"] == "shouts"
+        out = f"choice {number}"
+        persyn(folder, "synthesize", "--prompts", "one.jsonl", "--out", out, *options)
+        plan = json.loads((folder / out / "plan.json").read_text())
+        assert plan["teachers"] == {"shouts": 1}
+    routed = persyn(folder, "route", prompt, "--alpha", "0")
+    assert (routed["alpha"], routed["strategy"], routed["teacher"]) == (0.0, "persyn", "lists")
+    assert routed["out_of_distribution"] in (True, False)
+    strong = persyn(folder, "route", prompt, "--strategy", "strong")["teacher"]
+    for share, is_strong in (("0", False), ("1", True)):
+        mixed = persyn(folder, "route", prompt, "--strategy", "mix", "--mix-strong-share", share)
+        assert (mixed["teacher"] == strong) is is_strong
+    told = persyn(folder, "route", prompt, "--cost-weight", "1", code=1)["detail"]
+    assert "cost of an answer of lists, shouts is not known" in told
+    assert "'hats'" in persyn(folder, "route", prompt, "--teacher", "hats", code=1)["detail"]
 
 
 def test_check_finds_nothing_wrong_and_then_a_tampered_checkpoint(project: tuple[Path, FakeTeacher]) -> None:

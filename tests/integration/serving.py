@@ -59,7 +59,7 @@ def train_checkpoint(folder: Path, backbone: Path, teachers: Sequence[str] = TEA
                         "prompt": text,
                         "teacher": teacher,
                         "quality": (0.9 if good else 0.2) + 0.001 * number,
-                        "learnability": (-0.8 if good else -1.6) - 0.001 * number,
+                        "learnability": (-0.8 if good else -1.3 if column == 1 else -1.6) - 0.001 * number,
                         "family": f"family-{column}",
                         "size_b": 1.0 + column,
                     }

@@ -15,6 +15,7 @@ from clients.errors import ServiceResponseError
 from clients.persyn import AsyncPersynClient, PersynClient
 from clients.schemas import AnsweredItem, FailedItem, SynthesisSummary
 from clients.testing import FakeTeacher, Reply
+from service.api.examples import ROUTE_REQUESTS, ROUTE_RESPONSE
 from tests.integration.serving import TEACHERS, Served, chat, problem
 
 SUM, POEM = "What is 14 plus 9?", "Write a poem about three ravens."
@@ -29,6 +30,8 @@ DECISION_KEYS = {
     "propensity",
     "margin",
     "uncertain",
+    "conformal_set",
+    "out_of_distribution",
     "input_tokens",
     "truncated",
 }
@@ -40,7 +43,7 @@ class TestRoute:
     def test_the_answer_has_exactly_the_keys_of_the_contract(self, http: httpx.Client) -> None:
         """Every key of the contract and no other; the distribution is a softmax of the strengths."""
         body = http.post("/route", json={"prompts": [SUM, {"id": "p2", "messages": chat(POEM)}]}).json()
-        assert set(body) == {"checkpoint_id", "student", "strategy", "alpha", "decisions"}
+        assert set(body) == {"checkpoint_id", "student", "strategy", "alpha", "coverage", "decisions"}
         assert (body["student"], body["strategy"], body["alpha"]) == ("tiny", "persyn", 0.4)
         for decision in body["decisions"]:
             assert set(decision) == DECISION_KEYS
@@ -78,6 +81,29 @@ class TestRoute:
         top = http.post("/route", json={"prompts": [SUM], "top_k": 2}).json()["decisions"][0]
         assert set(top["distribution"]) == set(sorted(everyone, key=everyone.get)[1:])
         assert sum(top["distribution"].values()) == pytest.approx(1.0)
+
+    def test_alpha_is_chosen_by_the_request(self, http: httpx.Client) -> None:
+        """Any alpha is served, the answer names it, and strengths and rewards are those of that alpha."""
+        bodies = {
+            alpha: http.post("/route", json={"prompts": [SUM], "alpha": alpha}).json()
+            for alpha in (None, 0.0, 0.4, 1.0)
+        }
+        assert [body["alpha"] for body in bodies.values()] == [0.4, 0.0, 0.4, 1.0]
+        none, zero, own, one = (body["decisions"][0] for body in bodies.values())
+        assert none["strengths"] == pytest.approx(own["strengths"], abs=1e-3)
+        for name in ("strengths", "expected_reward"):
+            assert zero[name] != pytest.approx(one[name], abs=1e-3)
+        for decision in (zero, one):
+            assert sum(decision["distribution"].values()) == pytest.approx(1.0)
+
+    def test_parameters_of_mix(self, http: httpx.Client) -> None:
+        """The strongest teacher gets the share that the request says."""
+        request = {"prompts": [SUM], "strategy": "mix"}
+        strong = http.post("/route", json={**request, "strategy": "strong"}).json()["decisions"][0]["teacher"]
+        for share in (0.0, 1.0):
+            decision = http.post("/route", json={**request, "mix_strong_share": share}).json()["decisions"][0]
+            assert (decision["teacher"] == strong) is (share == 1.0)
+            assert decision["propensity"] == pytest.approx(1.0 if share else 0.5)
 
     def test_sampling_depends_on_seed_and_id_alone(self, http: httpx.Client) -> None:
         """The same seed draws the same teachers whatever else is in the call; another seed draws others."""
@@ -196,11 +222,48 @@ class TestRefusals:
         assert secret not in http_response.text
 
     def test_what_the_router_was_not_trained_for(self, http: httpx.Client) -> None:
-        """Another alpha, or a strategy that no teacher left fits, is a 422 that says so."""
-        other_alpha = http.post("/route", json={"prompts": [SUM], "alpha": 0.9})
-        assert "0.4" in problem(other_alpha, 422, "strategy-not-applicable")["detail"]
+        """A strategy that no teacher left fits, or a cost that nobody knows, is a 422 that says so."""
         no_kin = {"prompts": [SUM], "strategy": "family_strong", "exclude": ["novice"]}
         problem(http.post("/synthesize", json=no_kin), 422, "strategy-not-applicable")
+        # The score table of this router has no n_tokens.
+        unknown = problem(
+            http.post("/route", json={"prompts": [SUM], "cost_weight": 1.0}), 422, "strategy-not-applicable"
+        )
+        assert "n_tokens" in unknown["detail"]
+        assert unknown["errors"][0]["loc"] == ["body", "cost_weight"]
+
+    @pytest.mark.parametrize("path", ["/route", "/synthesize"])
+    @pytest.mark.parametrize(
+        ("options", "field"),
+        [
+            ({"strategy": "strong", "temperature": 0.5}, "temperature"),
+            ({"strategy": "random", "temperature": 0.5}, "temperature"),
+            ({"strategy": "mix", "cost_weight": 1.0}, "cost_weight"),
+            ({"strategy": "random", "cost_weight": 1.0}, "cost_weight"),
+        ],
+    )
+    def test_options_that_a_strategy_does_not_read(
+        self, http: httpx.Client, path: str, options: dict[str, Any], field: str
+    ) -> None:
+        """422 with the option and the strategy by name, never an option that is silently ignored."""
+        body = problem(http.post(path, json={"prompts": [SUM], **options}), 422, "strategy-not-applicable")
+        assert body["detail"].startswith(f"{field} has no meaning for strategy {options['strategy']!r}")
+        assert body["errors"] == [{"loc": ["body", field], "msg": body["detail"]}]
+
+    @pytest.mark.parametrize(
+        ("field", "value"),
+        [
+            ("alpha", -0.1),
+            ("mix_strong_share", 1.5),
+            ("car_beta", -1),
+            ("cost_weight", -1),
+            ("temperature", -1),
+        ],
+    )
+    def test_numbers_out_of_range(self, http: httpx.Client, field: str, value: float) -> None:
+        """422 with the field."""
+        body = problem(http.post("/route", json={"prompts": [SUM], field: value}), 422, "invalid-request")
+        assert [error["loc"] for error in body["errors"]] == [["body", field]]
 
     def test_unknown_student_path_and_method(self, http: httpx.Client) -> None:
         """404 for a student and a path that do not exist, 405 with Allow for a wrong method."""
@@ -287,6 +350,10 @@ class TestSystem:
             "application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}
         }
         assert "HTTPValidationError" not in document["components"]["schemas"]
+        body = document["paths"]["/route"]["post"]["requestBody"]["content"]["application/json"]
+        assert set(body["examples"]) == set(ROUTE_REQUESTS)
+        answer = document["paths"]["/route"]["post"]["responses"]["200"]["content"]["application/json"]
+        assert answer["example"] == ROUTE_RESPONSE
         assert http.get("/docs").status_code == 200
 
 

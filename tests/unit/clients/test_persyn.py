@@ -27,10 +27,19 @@ DECISION = {
     "propensity": 1.0,
     "margin": 0.0,
     "uncertain": False,
+    "conformal_set": ["a"],
+    "out_of_distribution": False,
     "input_tokens": 3,
     "truncated": False,
 }
-ROUTED = {"checkpoint_id": "c", "student": "s", "strategy": "persyn", "alpha": 0.4, "decisions": [DECISION]}
+ROUTED = {
+    "checkpoint_id": "c",
+    "student": "s",
+    "strategy": "persyn",
+    "alpha": 0.4,
+    "coverage": None,
+    "decisions": [DECISION],
+}
 SUMMARY = {"ok": 1, "failed": 1, "cached": 0, "usage": {"total_tokens": 7}, "cost_usd": 0.5}
 TEACHER = {
     "id": "a",

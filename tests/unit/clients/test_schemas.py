@@ -127,6 +127,9 @@ def test_lone_surrogates_are_refused_wherever_they_hide(where):
         '{"prompts": [{"messages": [{"role": "user", "content": [{"weight": %s}]}]}]}',
         '{"prompts": ["x"], "alpha": %s}',
         '{"prompts": ["x"], "temperature": %s}',
+        '{"prompts": ["x"], "cost_weight": %s}',
+        '{"prompts": ["x"], "mix_strong_share": %s}',
+        '{"prompts": ["x"], "car_beta": %s}',
     ],
 )
 def test_numbers_that_json_lacks_are_refused(text, number):
@@ -156,6 +159,8 @@ def test_defaults_of_route():
         "seed": 0,
         "cost_weight": 0.0,
         "top_k": None,
+        "mix_strong_share": 0.2,
+        "car_beta": 1.0,
     }
 
 
@@ -171,6 +176,11 @@ def test_defaults_of_route():
         ("temperature", 101),
         ("seed", 0.5),
         ("cost_weight", -1),
+        ("cost_weight", 1e10),
+        ("mix_strong_share", -0.1),
+        ("mix_strong_share", 1.1),
+        ("car_beta", -1),
+        ("car_beta", 1e7),
         ("top_k", 0),
         ("student", 5),
     ],

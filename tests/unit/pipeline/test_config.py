@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from clients.errors import ConfigurationError
+from clients.types import Price
 from router_model.pipeline.config import example_project, load_project, project_schema
 
 GOOD = """\
@@ -50,6 +51,20 @@ def test_falsy_sampling_survives(tmp_path: Path) -> None:
     """Temperature 0 and seed 0 reach the teacher."""
     spec = load_project(write(tmp_path, GOOD)).teacher_specs({})[0]
     assert spec.sampling == {"temperature": 0, "seed": 0}
+
+
+@pytest.mark.parametrize(
+    ("stated", "price"),
+    [
+        ("", None),
+        ("    price: {input_usd_per_mtok: 0, output_usd_per_mtok: 0}\n", Price()),
+        ("    price: {output_usd_per_mtok: 2}\n", Price(0.0, 2.0)),
+    ],
+)
+def test_a_price_that_is_not_stated_is_not_known(tmp_path: Path, stated: str, price: Price | None) -> None:
+    """No price is not a price of 0: a choice by cost takes the one for unknown, the other for free."""
+    text = GOOD.replace("    model: m\n", f"    model: m\n{stated}")
+    assert load_project(write(tmp_path, text)).teacher_specs({})[0].price == price
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,6 @@ from router_model import checkpoint as checkpoint_module
 from router_model.checkpoint import (
     HEAD_FILE,
     MANIFEST_FILE,
-    BackboneFacts,
     StudentFacts,
     TrainingFacts,
     read_checkpoint,
@@ -21,8 +20,9 @@ from router_model.checkpoint import (
 )
 from router_model.errors import CheckpointError, RouterError
 from router_model.inference import Router
-from router_model.model import RouterModel, fit_router
-from tests.unit.router_model.worlds import FakeBackbone, linear_world, make_table
+from router_model.model import RouterModel
+from router_model.training import fit_router
+from tests.unit.router_model.worlds import FAKE_FACTS, FakeBackbone, linear_world, make_table
 
 
 def train(kind: str = "ridge", *, seed: int = 0) -> RouterModel:
@@ -35,21 +35,26 @@ def write(folder: Path, model: RouterModel) -> str:
         folder,
         model,
         student=StudentFacts("student", "qwen"),
-        backbone=BackboneFacts("fake", "f" * 64, "mean", 32, 8),
+        backbone=FAKE_FACTS,
         training=TrainingFacts("d" * 64, 2, ("a" * 64, "b" * 64)),
         learnability="rank_surprisal",
     )
 
 
-@pytest.mark.parametrize("kind", ["constant", "ridge", "bt"])
+@pytest.mark.parametrize("kind", ["constant", "ridge", "knn", "cluster", "mlp", "bt"])
 def test_a_checkpoint_brings_the_model_back_bit_by_bit(tmp_path: Path, kind: str) -> None:
     """Predictions, teachers, student and training hashes are those that were written."""
     model = train(kind)
     checkpoint_id = write(tmp_path / "deep" / "checkpoint", model)
     restored, manifest = read_checkpoint(tmp_path / "deep" / "checkpoint")
     features, _ = linear_world(7, seed=9)
+    found, expected = restored.predict(features), model.predict(features)
+    np.testing.assert_allclose(found.at().strengths_BM, expected.at().strengths_BM, atol=1e-4)
+    np.testing.assert_allclose(found.at().members_EBM, expected.at().members_EBM, atol=1e-4)
+    assert found.at().conformal_width == expected.at().conformal_width
+    assert set(restored.baselines) == {"knn", "paper_bt"}
     np.testing.assert_array_equal(
-        restored.predict(features).strengths_BM, model.predict(features).strengths_BM
+        restored.baselines["paper_bt"].predict(features), model.baselines["paper_bt"].predict(features)
     )
     np.testing.assert_array_equal(
         restored.predict(features).learnability_BM, model.predict(features).learnability_BM
@@ -58,7 +63,7 @@ def test_a_checkpoint_brings_the_model_back_bit_by_bit(tmp_path: Path, kind: str
     assert manifest.teachers == restored.teachers == model.teachers
     assert manifest.student == StudentFacts("student", "qwen")
     assert manifest.training.prompt_sha256 == ("a" * 64, "b" * 64)
-    assert manifest.heads["strength"] == kind
+    assert (manifest.head, manifest.mode) == (kind, "paper" if kind == "bt" else "parts")
     assert manifest.learnability == "rank_surprisal"
     assert sorted(path.name for path in (tmp_path / "deep" / "checkpoint").iterdir()) == [
         HEAD_FILE,
@@ -131,9 +136,10 @@ def forge(folder: Path, change: Callable[[dict[str, Any]], None], weights: bytes
         (lambda content: content["teachers"].pop(), "columns for 4 teachers"),
         (lambda content: content.pop("training"), "damaged"),
         (lambda content: content.update(learnability="vibes"), "learnability is 'vibes'"),
-        (lambda content: content["heads"].update(strength="mlp"), "unknown head 'mlp'"),
-        (lambda content: content["heads"].pop("quality"), "no head for 'quality'"),
-        (lambda content: content["heads"].update(strength="constant"), "expected"),
+        (lambda content: content["heads"].update({"chosen.quality": "oracle"}), "'oracle' is unknown"),
+        (lambda content: content["heads"].pop("raw.quality"), "no head for 'raw.quality'"),
+        (lambda content: content["heads"].update({"chosen.quality": "constant"}), "expected"),
+        (lambda content: content["backbone"].update(width=9), "does not take 9 features"),
     ],
 )
 def test_a_manifest_that_does_not_fit_is_refused(
@@ -146,21 +152,14 @@ def test_a_manifest_that_does_not_fit_is_refused(
         read_checkpoint(tmp_path)
 
 
-def test_an_older_checkpoint_is_of_mean_logprob(tmp_path: Path) -> None:
-    """A manifest from before there was a choice of measures is read as what it was."""
-    write(tmp_path, train())
-    forge(tmp_path, lambda content: content.pop("learnability"))
-    assert read_checkpoint(tmp_path)[1].learnability == "mean_logprob"
-
-
 def test_weights_with_nan_are_refused(tmp_path: Path) -> None:
     """A router that would answer NaN never loads."""
     write(tmp_path, train())
     tensors = load((tmp_path / HEAD_FILE).read_bytes())
-    tensors["strength.bias"] = tensors["strength.bias"].copy()
-    tensors["strength.bias"][0] = np.nan
+    tensors["chosen.quality.bias"] = tensors["chosen.quality.bias"].copy()
+    tensors["chosen.quality.bias"][0] = np.nan
     forge(tmp_path, lambda _: None, save(tensors))
-    with pytest.raises(CheckpointError, match=r"head.safetensors.*'strength.bias' holds NaN"):
+    with pytest.raises(CheckpointError, match=r"head.safetensors.*'chosen.quality' holds NaN"):
         read_checkpoint(tmp_path)
 
 
@@ -207,7 +206,7 @@ def test_a_router_scores_with_the_backbone_it_was_trained_with(tmp_path: Path) -
     write(tmp_path, train())
     backbone: Any = FakeBackbone()
     output = Router.load(tmp_path, backbone).score(["a", "x" * 40])
-    assert output.strengths_BM.shape == (2, 5)
+    assert output.at().strengths_BM.shape == (2, 5)
     assert output.truncated_B.tolist() == [False, True]
     stranger: Any = FakeBackbone(fingerprint="0" * 64)
     with pytest.raises(CheckpointError, match=r"f{16}.*0{16}"):

@@ -3,49 +3,39 @@
 import dataclasses
 import json
 import math
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from router_model.checkpoint import Manifest, TrainingFacts
+from router_model.checkpoint import TrainingFacts
 from router_model.errors import RouterError, TableError
-from router_model.evaluation import HELPS, HELPS_NOT, evaluate, held_out, pairwise_calibration
-from router_model.model import RouterModel, fit_router
-from router_model.plots import write_plots
-from router_model.report import report_markdown, summary_lines
-from router_model.table import ScoreTable
-from tests.unit.router_model.worlds import (
-    TEACHERS,
-    linear_world,
-    make_manifest,
-    make_output,
-    make_table,
-    output_of,
-    summary,
-)
-
-
-def manifest_of(model: RouterModel, training: ScoreTable, *, family: str | None = None) -> Manifest:
-    manifest = make_manifest(model.teachers, family=family, alpha=model.alpha)
-    hashes = training.prompt_hashes()
-    return dataclasses.replace(manifest, training=TrainingFacts(training.content_sha256, len(hashes), hashes))
+from router_model.evaluation import FALLEN_BACK, HELPS, HELPS_NOT, evaluate
+from router_model.evaluation_set import held_out, reward_at
+from router_model.report import report_markdown
+from tests.unit.router_model.doubles import fake_output, planned_manifest
+from tests.unit.router_model.worlds import TEACHERS, linear_world, make_manifest, make_table, summary
 
 
 def planted(
-    head: str = "auto", *, noise: float = 0.0, shuffle: bool = False, n_test: int = 300
+    *, noise: float = 0.0, shuffle: bool = False, n_test: int = 300, **outlook: Any
 ) -> dict[str, Any]:
-    """Train on 300 prompts of a linear world and evaluate on others."""
+    """Least squares on 300 prompts of a linear world, evaluated on others at alpha 0."""
     features, quality = linear_world(300, noise=noise)
     if shuffle:
         features = np.random.default_rng(7).permutation(features)
-    training = make_table(quality, quality - 5)
-    model = fit_router(features, training, alpha=0.4, head_kind=head)
+    training = make_table(quality)
+    teachers = [
+        summary(name, float(mean), reward=float(mean))
+        for name, mean in zip(TEACHERS, quality.mean(axis=0), strict=True)
+    ]
+    manifest = planned_manifest(teachers, alpha=0.0)
+    reward = reward_at(training, manifest, 0.0)
+    weights = np.linalg.lstsq(features, reward - reward.mean(axis=0), rcond=None)[0]
     new_features, new_quality = linear_world(n_test, noise=noise, seed=1)
-    test = make_table(new_quality, new_quality - 5, first_id=1000)
-    manifest = manifest_of(model, training)
-    return evaluate(make_output(model, new_features), held_out(test, manifest), manifest)
+    strengths = new_features @ weights + reward.mean(axis=0)
+    held = held_out(make_table(new_quality, first_id=1000), manifest)
+    return evaluate(fake_output(4 * strengths, **outlook), held, manifest)
 
 
 def by_hand() -> tuple[dict[str, Any], np.ndarray]:
@@ -57,8 +47,8 @@ def by_hand() -> tuple[dict[str, Any], np.ndarray]:
         summary("bison", 0.9, learnability=None, reward=0.5, family="qwen"),
         summary("camel", 0.6, learnability=None, reward=0.8),
     ]
-    manifest = make_manifest(teachers, family="qwen", alpha=0.0)
-    return evaluate(output_of(strengths), held_out(make_table(quality), manifest), manifest), quality
+    manifest = planned_manifest(teachers, family="qwen", alpha=0.0)
+    return evaluate(fake_output(strengths), held_out(make_table(quality), manifest), manifest), quality
 
 
 def test_the_numbers_by_hand() -> None:
@@ -97,45 +87,113 @@ def test_family_strong_falls_to_the_strongest_other_where_its_family_is_silent()
     """One prompt without an answer of the family does not drop the method."""
     quality = np.array([[np.nan, 0.2, 0.9], [1.0, 0.0, 0.0]])
     teachers = [summary("alpaca", 0.9, family="qwen"), summary("bison", 0.5), summary("camel", 0.6)]
-    manifest = make_manifest(teachers, family="qwen", alpha=0.0)
-    report = evaluate(output_of(np.zeros((2, 3))), held_out(make_table(quality), manifest), manifest)
+    manifest = planned_manifest(teachers, family="qwen", alpha=0.0)
+    report = evaluate(fake_output(np.zeros((2, 3))), held_out(make_table(quality), manifest), manifest)
     assert report["methods"]["family_strong"]["mean_reward"] == 1.0
 
 
-@pytest.mark.parametrize("head", ["auto", "ridge", "bt"])
-def test_a_planted_world_is_recovered(head: str) -> None:
-    """More than 95 % of the gap is closed on unseen prompts, and the verdict says that routing helps."""
-    report = planted(head)
+def test_a_planted_world_is_recovered() -> None:
+    """Most of the gap is closed on unseen prompts, and the verdict says that routing helps."""
+    report = planted()
     gap = report["methods"]["persyn"]["gap_closed"]
-    assert gap["value"] > 0.95
+    assert gap["value"] > 0.9
     assert gap["ci95"][0] < gap["value"] < gap["ci95"][1]
     assert report["verdict"] == HELPS
     assert report["methods"]["oracle"]["hit_at_1"] == report["methods"]["oracle"]["hit_at_3"] == 1.0
 
 
-@pytest.mark.parametrize("head", ["auto", "ridge"])
-def test_shuffled_labels_do_not_help(head: str) -> None:
+def test_shuffled_labels_do_not_help() -> None:
     """Without signal the verdict is to use the best single teacher."""
-    report = planted(head, noise=1.0, shuffle=True)
+    report = planted(noise=1.0, shuffle=True)
     assert report["verdict"] == "routing does not help here: use best_single"
     assert report["methods"]["persyn"]["gap_closed"]["value"] < 0.1
 
 
-def test_probabilities_of_a_noisy_world_are_calibrated() -> None:
-    """Expected calibration error is small, the log-loss is better than a coin, and nothing is NaN."""
-    report = planted(noise=2.0, n_test=600)
-    assert report["calibration"]["pairwise_ece"] < 0.06
-    assert report["calibration"]["pairwise_log_loss"] < math.log(2)
+def test_helps_is_said_only_if_the_whole_interval_is_above_zero() -> None:
+    """A gain within noise is no help, nor is one of a router that has fallen back, which is said in words."""
+    rng = np.random.default_rng(0)
+    quality = rng.random((60, 3))
+    teachers = [
+        summary(name, 0.5, reward=reward) for name, reward in zip(TEACHERS, (0.6, 0.5, 0.4), strict=False)
+    ]
+    manifest = planned_manifest(teachers, alpha=0.0)
+    held = held_out(make_table(quality), manifest)
+    verdict_of = {}
+    # The best single teacher is the first; the router leaves it on some prompts, to the best teacher there.
+    for n_better in (0, 1, 40):
+        strengths = np.tile([1.0, 0.0, 0.0], (60, 1))
+        strengths[:n_better] = 2 * (quality[:n_better] == quality[:n_better].max(axis=1, keepdims=True))
+        # And on one prompt to the worst.
+        strengths[59] = -quality[59]
+        report = evaluate(fake_output(strengths), held, manifest)
+        low, high = report["methods"]["persyn"]["gap_closed"]["ci95"]
+        verdict_of[n_better] = (report["verdict"], low > 0 or high < 0)
+    assert verdict_of == {0: (HELPS_NOT, False), 1: (HELPS_NOT, False), 40: (HELPS, True)}
+    fallen = planted(helps=False)
+    assert fallen["methods"]["persyn"]["gap_closed"]["ci95"][0] > 0
+    assert fallen["verdict"] == HELPS_NOT
+    assert fallen["fallen_back"]
+    assert fallen["notes"][0] == FALLEN_BACK
+    assert "fallen back" not in " ".join(planted()["notes"])
+
+
+def test_wins_ties_and_losses_by_hand() -> None:
+    """Against the best single teacher, prompt by prompt; a strategy that draws counts by its odds."""
+    report, _ = by_hand()
+    methods = report["methods"]
+    # Rewards of persyn 1, 0, 0, 1 and of camel 0.5, 0.5, 1, 1.
+    assert methods["persyn"]["versus_best_single"] == {"win": 0.25, "tie": 0.25, "loss": 0.5}
+    assert methods["best_single"]["versus_best_single"] == {"win": 0.0, "tie": 1.0, "loss": 0.0}
+    # Random wins on the first two prompts with one teacher of three; it loses with one of three on the first
+    # three prompts, and with one of two on the last.
+    assert methods["random"]["versus_best_single"] == pytest.approx(
+        {"win": 1 / 6, "tie": 11 / 24, "loss": 3 / 8}
+    )
+
+
+def test_baseline_heads_have_rows_of_their_own() -> None:
+    """Their strengths choose as the router's do, in the columns of the checkpoint."""
+    quality = np.array([[0.0, 1.0, 0.5], [1.0, 0.0, 0.5]])
+    # The checkpoint knows another teacher, first in its order, that the table lacks.
+    names = ("aardvark", "alpaca", "bison", "camel")
+    teachers = [summary(name, 0.5, reward=r) for name, r in zip(names, (0, 0.4, 0.3, 0.6), strict=True)]
+    manifest = planned_manifest(teachers, alpha=0.0)
+    held = held_out(make_table(quality), manifest)
+    knn = np.array([[9.0, 0.0, 1.0, 0.0], [9.0, 1.0, 0.0, 0.0]])
+    report = evaluate(fake_output(np.zeros((2, 4))), held, manifest, baselines={"knn": knn, "paper_bt": -knn})
+    assert report["methods"]["knn"]["mean_reward"] == 1.0
+    assert report["methods"]["knn"]["gap_closed"]["value"] == 1.0
+    assert report["methods"]["knn"]["share"] == {"alpaca": 0.5, "bison": 0.5, "camel": 0.0}
+    # Alpaca where it is worth nothing, then bison where that is.
+    assert report["methods"]["paper_bt"]["mean_reward"] == 0.0
+
+
+def test_the_share_of_prompts_out_of_distribution() -> None:
+    """As the router has flagged them; its label curve is passed on, and nothing in the report is NaN."""
+    manifest = planned_manifest([summary("alpaca", 0.5), summary("bison", 0.4)], alpha=0.0)
+    rows = [
+        {"n_prompts": n, "regret": 0.2, "regret_se": 0.01, "best_single_regret": 0.3} for n in (50, 100, 200)
+    ]
+    manifest = dataclasses.replace(manifest, facts={"label_curve": rows})
+    output = dataclasses.replace(
+        fake_output(np.zeros((4, 2)), conformal_width=0.5, coverage=0.9),
+        out_of_distribution_B=np.array([True, False, False, False]),
+    )
+    report = evaluate(output, held_out(make_table(np.eye(2)[[0, 1, 1, 0]]), manifest), manifest)
+    assert report["out_of_distribution"] == 0.25
+    assert report["conformal"] == {"coverage_stated": 0.9, "coverage_measured": 1.0, "mean_set_size": 2.0}
+    assert report["curves"] == {"alpha": [], "labels": rows}
+    assert report["label_advice"]["state"] == "flat"
     json.dumps(report, allow_nan=False)
 
 
 def test_hit_at_3_of_chance_and_ties() -> None:
     """Random finds the one best of five in its first three draws with chance 3/5; two best, with 9/10."""
     teachers = [summary(name, 0.5) for name in ("alpaca", "bison", "camel", "dingo", "eland")]
-    manifest = make_manifest(teachers, alpha=0.0)
+    manifest = planned_manifest(teachers, alpha=0.0)
     for quality, expected in (([1, 0, 0, 0, 0], 0.6), ([1, 1, 0, 0, 0], 0.9)):
         held = held_out(make_table(np.array([quality], dtype=float)), manifest)
-        report = evaluate(output_of(np.array([[0.0, 1.0, 2.0, 3.0, 4.0]])), held, manifest)
+        report = evaluate(fake_output(np.array([[0.0, 1.0, 2.0, 3.0, 4.0]])), held, manifest)
         assert math.isclose(report["methods"]["random"]["hit_at_3"], expected)
         assert math.isclose(report["methods"]["random"]["hit_at_1"], sum(quality) / 5)
         assert report["methods"]["persyn"]["hit_at_3"] == 0.0
@@ -147,11 +205,11 @@ def test_no_gap_is_null_and_no_division_by_zero() -> None:
         [summary("alpaca", 1.0, reward=1.0), summary("bison", 0.0, reward=0.0)], alpha=0.0
     )
     held = held_out(make_table(np.tile([1.0, 0.0], (5, 1))), manifest)
-    report = evaluate(output_of(np.tile([1.0, 0.0], (5, 1))), held, manifest)
+    report = evaluate(fake_output(np.tile([1.0, 0.0], (5, 1))), held, manifest)
     assert report["methods"]["persyn"]["gap_closed"] == {"value": None, "ci95": None}
     assert report["verdict"] == HELPS_NOT
     json.dumps(report, allow_nan=False)
-    assert "no gap" in report_markdown(report)
+    assert "there is no gap to close" in report_markdown(report)
 
 
 def test_the_interval_is_the_percentile_bootstrap_over_prompts() -> None:
@@ -163,7 +221,7 @@ def test_the_interval_is_the_percentile_bootstrap_over_prompts() -> None:
         [summary(name, 0.5, reward=r) for name, r in zip(TEACHERS, (0.6, 0.4, 0.3), strict=False)], alpha=0.0
     )
     held = held_out(make_table(quality), manifest)
-    found = evaluate(output_of(strengths), held, manifest)["methods"]["persyn"]["gap_closed"]["ci95"]
+    found = evaluate(fake_output(strengths), held, manifest)["methods"]["persyn"]["gap_closed"]["ci95"]
     reward = held.reward_NM
     chosen, single, oracle = reward[np.arange(80), strengths.argmax(axis=1)], reward[:, 0], reward.max(axis=1)
     ratios = []
@@ -173,7 +231,9 @@ def test_the_interval_is_the_percentile_bootstrap_over_prompts() -> None:
             (chosen[rows].mean() - single[rows].mean()) / (oracle[rows].mean() - single[rows].mean())
         )
     np.testing.assert_allclose(found, np.quantile(ratios, [0.025, 0.975]), atol=0.03)
-    assert evaluate(output_of(strengths), held, manifest)["methods"]["persyn"]["gap_closed"]["ci95"] == found
+    assert (
+        evaluate(fake_output(strengths), held, manifest)["methods"]["persyn"]["gap_closed"]["ci95"] == found
+    )
 
 
 def test_trained_prompts_are_not_evaluated_on() -> None:
@@ -198,30 +258,3 @@ def test_a_table_that_does_not_fit_the_checkpoint_is_refused() -> None:
         held_out(table, make_manifest([summary(name, 0.5) for name in table.teachers[:4]]))
     with pytest.raises(RouterError, match="no learnability"):
         held_out(table, make_manifest([summary(name, 0.5) for name in table.teachers]))
-
-
-def test_calibration_of_known_probabilities() -> None:
-    """A router that says 0.8 and is right 8 times in 10 has no error; one that says 0.99 has one of 0.19."""
-    reward = np.array([[1.0, 0.0]] * 8 + [[0.0, 1.0]] * 2)
-    for said, error in ((0.8, 0.0), (0.99, 0.19)):
-        strengths = np.tile([math.log(said / (1 - said)), 0.0], (10, 1))
-        found = pairwise_calibration(strengths, reward)
-        assert math.isclose(found["pairwise_ece"], error, abs_tol=1e-9)
-        assert math.isclose(found["pairwise_log_loss"], -0.8 * math.log(said) - 0.2 * math.log(1 - said))
-    coin = pairwise_calibration(np.zeros((10, 2)), reward)
-    assert coin["pairwise_ece"] < 1e-12
-    assert math.isfinite(pairwise_calibration(np.tile([2000.0, 0.0], (10, 1)), reward)["pairwise_log_loss"])
-
-
-def test_the_report_is_written_for_a_person(tmp_path: Path) -> None:
-    """The verdict stands on top, every method has its row, and three pictures are drawn."""
-    report = planted(noise=1.0)
-    text = report_markdown(report)
-    assert text.splitlines()[2] == "**Routing helps.**"
-    assert all(
-        f"| {reward:.3f} |" in text for reward in (m["mean_reward"] for m in report["methods"].values())
-    )
-    assert "verdict: routing helps" in summary_lines(report)[0]
-    paths = write_plots(report, tmp_path)
-    assert [path.name for path in paths] == ["methods.png", "shares.png", "reliability.png"]
-    assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from transformers import AutoTokenizer, BertConfig, BertModel, LlamaConfig, LlamaModel, T5Config, T5Model
 
 from router_model import fine_tuning
-from router_model.backbone import Encoded, load_backbone
+from router_model.backbone import Backbone, Encoded, load_backbone
 from router_model.errors import BackboneError, RouterError
 from router_model.fine_tuning import Epoch, FineTuned, fine_tune
 from router_model.linear_fit import decompose, solve_ridge
@@ -23,6 +23,8 @@ from router_model.reward import regret
 from router_model.tokenization import encode_prompts
 
 FILLER = ("please", "tell", "me", "about", "history", "of", "music", "and", "art", "now")
+
+N_LAYERS = 2
 
 
 @pytest.fixture(autouse=True)
@@ -48,7 +50,7 @@ def bert(tmp_path_factory: pytest.TempPathFactory, minilm_path: Path) -> Path:
         vocab_size=30522,
         hidden_size=32,
         intermediate_size=64,
-        num_hidden_layers=2,
+        num_hidden_layers=N_LAYERS,
         num_attention_heads=4,
         max_position_embeddings=64,
     )
@@ -63,7 +65,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory, minilm_path: Path) -> Path:
         vocab_size=30522,
         hidden_size=32,
         intermediate_size=64,
-        num_hidden_layers=2,
+        num_hidden_layers=N_LAYERS,
         num_attention_heads=4,
         max_position_embeddings=64,
     )
@@ -107,6 +109,11 @@ def save_tuned(tuned: FineTuned, backbone: Path, folder: Path) -> Path:
     return folder
 
 
+def as_trained(folder: Path, max_tokens: int, pooling: str) -> Backbone:
+    """The backbone as fine-tuning sees it: its last layer, around the bare text."""
+    return load_backbone(str(folder), max_tokens=max_tokens, views=[f"{pooling}@{N_LAYERS}"], frame="plain")
+
+
 def strengths(tuned: FineTuned, encoded: Encoded) -> np.ndarray:
     return np.asarray(encoded.features_BD @ tuned.weight_DM + tuned.bias_M)
 
@@ -122,9 +129,7 @@ def test_it_learns_what_frozen_features_do_not_hold(bert: Path, tmp_path: Path) 
     assert tuned.history[tuned.best_epoch - 1].held_out_regret < 0.02
     assert tuned.best_single_regret > 0.3
 
-    reloaded = load_backbone(
-        str(save_tuned(tuned, bert, tmp_path / "tuned")), max_tokens=tuned.max_tokens, pooling=tuned.pooling
-    )
+    reloaded = as_trained(save_tuned(tuned, bert, tmp_path / "tuned"), tuned.max_tokens, tuned.pooling)
     learnt = strengths(tuned, reloaded.encode(new_texts))
     assert regret(learnt, new_rewards, new_mask).mean() < 0.05
     np.testing.assert_allclose(learnt.sum(axis=1), 0, atol=1e-5)
@@ -167,9 +172,7 @@ def test_the_network_trains_on_the_features_of_the_backbone(
     settings = recipe(pooling=pooling, held_out_share=0.5, epochs=3)
     assert_trains_on_features(folder, texts, settings)
     tuned = fine_tune(str(folder), texts, rewards, mask, settings, seed=5)
-    backbone = load_backbone(
-        str(save_tuned(tuned, folder, tmp_path / "tuned")), max_tokens=tuned.max_tokens, pooling=pooling
-    )
+    backbone = as_trained(save_tuned(tuned, folder, tmp_path / "tuned"), tuned.max_tokens, pooling)
     rows = tuned.held_out
     found = strengths(tuned, backbone.encode([texts[row] for row in rows]))
     expected = tuned.history[tuned.best_epoch - 1].held_out_regret
@@ -185,7 +188,7 @@ def assert_trains_on_features(folder: Path, texts: list[str], settings: FineTune
     data = fine_tuning._Data([prompt.ids for prompt in prompts], empty, empty > 0, tokenizer.pad_token_id)
     run = fine_tuning._Run(network.eval(), data, settings, torch.device("cpu"))
     found = run._strengths(np.arange(len(texts))).detach().numpy()
-    frozen = load_backbone(str(folder), max_tokens=settings.max_tokens, pooling=settings.pooling)
+    frozen = as_trained(folder, settings.max_tokens, network.pooling)
     features = torch.from_numpy(frozen.encode(texts).features_BD)
     np.testing.assert_allclose(found, network.head(features).detach().numpy(), atol=1e-5)
 

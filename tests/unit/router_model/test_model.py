@@ -5,10 +5,10 @@ import dataclasses
 import numpy as np
 import pytest
 
-from router_model.errors import RouterError, TableError
-from router_model.model import fit_router
-from router_model.reward import mix_reward
-from tests.unit.router_model.worlds import linear_world, make_table
+from router_model.errors import RouterError, StrategyError, TableError
+from router_model.reward import mix_reward, normalize
+from router_model.training import fit_router
+from tests.unit.router_model.worlds import TEACHERS, linear_world, make_table
 
 
 def sigmoid(values: np.ndarray) -> np.ndarray:
@@ -21,7 +21,7 @@ def test_strengths_of_every_head_are_calibrated_logits(kind: str) -> None:
     features, quality = linear_world(600, noise=2.0)
     new_features, new_quality = linear_world(600, noise=2.0, seed=1)
     model = fit_router(features, make_table(quality), alpha=0.0, head_kind=kind)
-    strengths = model.predict(new_features).strengths_BM
+    strengths = model.predict(new_features).at().strengths_BM
     first, second = np.triu_indices(5, k=1)
     predicted = sigmoid(strengths[:, first] - strengths[:, second])
     won = new_quality[:, first] > new_quality[:, second]
@@ -36,11 +36,11 @@ def test_quality_and_learnability_are_predicted_on_their_own_scales() -> None:
     features, quality = linear_world(300)
     learnability = -2.0 + 0.1 * features[:, :1] + np.zeros((300, 5))
     table = make_table(100 * quality, learnability)
-    predictions = fit_router(features, table, alpha=0.4).predict(features)
+    predictions = fit_router(features, table, alpha=0.4, head_kind="ridge").predict(features)
     np.testing.assert_allclose(predictions.quality_BM, 100 * quality, atol=1.0)
     np.testing.assert_allclose(predictions.learnability_BM, learnability, atol=0.01)
     reward = mix_reward(table.quality_NM, table.learnability_NM, table.mask_NM, alpha=0.4)
-    assert np.corrcoef(predictions.expected_reward_BM.ravel(), reward.ravel())[0, 1] > 0.85
+    assert np.corrcoef(predictions.at().expected_reward_BM.ravel(), reward.ravel())[0, 1] > 0.85
 
 
 def test_without_learnability_it_is_unknown_and_not_zero() -> None:
@@ -60,7 +60,7 @@ def test_missing_cells_are_missing_and_not_zero() -> None:
     gone = np.random.default_rng(0).random(quality.shape) < 0.3
     model = fit_router(features, make_table(np.where(gone, np.nan, quality)), alpha=0.0)
     new_features, new_quality = linear_world(200, seed=1)
-    chosen = model.predict(new_features).strengths_BM.argmax(axis=1)
+    chosen = model.predict(new_features).at().strengths_BM.argmax(axis=1)
     assert (chosen == new_quality.argmax(axis=1)).mean() > 0.85
 
 
@@ -75,14 +75,18 @@ def test_teacher_means_are_over_present_cells() -> None:
 
 
 @pytest.mark.parametrize("n_prompts", [1, 2, 5])
-@pytest.mark.parametrize("kind", ["auto", "constant", "ridge", "bt"])
+@pytest.mark.parametrize("kind", ["auto", "constant", "knn", "bt"])
 def test_a_handful_of_prompts_trains(n_prompts: int, kind: str) -> None:
     """Folds shrink, and what comes out is finite."""
     features, quality = linear_world(n_prompts)
     predictions = fit_router(features, make_table(quality, quality), alpha=0.4, head_kind=kind).predict(
         features
     )
-    assert all(np.isfinite(getattr(predictions, item.name)).all() for item in dataclasses.fields(predictions))
+    outlook = predictions.at()
+    assert np.isfinite(outlook.strengths_BM).all()
+    assert np.isfinite(outlook.expected_reward_BM).all()
+    assert np.isfinite(predictions.quality_BM).all()
+    assert not predictions.out_of_distribution_B.any()
 
 
 def test_what_cannot_be_trained_on_is_refused() -> None:
@@ -108,5 +112,134 @@ def test_training_is_deterministic() -> None:
     first, second = (
         fit_router(features, make_table(quality), alpha=0.0, head_kind="bt", seed=4) for _ in range(2)
     )
-    np.testing.assert_array_equal(first.predict(features).strengths_BM, second.predict(features).strengths_BM)
+    np.testing.assert_array_equal(
+        first.predict(features).at().strengths_BM, second.predict(features).at().strengths_BM
+    )
     assert first.facts == second.facts
+
+
+def gap_closed(strengths: np.ndarray, rewards: np.ndarray, single: int) -> float:
+    chosen = rewards[np.arange(len(rewards)), strengths.argmax(axis=1)]
+    return float((chosen - rewards[:, single]).mean() / (rewards.max(axis=1) - rewards[:, single]).mean())
+
+
+def test_auto_recovers_a_planted_linear_world() -> None:
+    """More than 95 % of the gap between best single and oracle is closed on new prompts."""
+    features, quality = linear_world(400)
+    new_features, new_quality = linear_world(400, seed=1)
+    model = fit_router(features, make_table(quality), alpha=0.0)
+    rewards = normalize(new_quality, np.ones(new_quality.shape, dtype=bool))
+    single = int(np.argmax([teacher.mean_reward for teacher in model.teachers]))
+    outlook = model.predict(new_features).at()
+    assert outlook.helps
+    assert gap_closed(outlook.strengths_BM, rewards, single) > 0.95
+
+
+def test_auto_falls_back_without_signal() -> None:
+    """With shuffled features the best single teacher answers everything, and the outlook says so."""
+    n_routed = 0
+    for seed in range(6):
+        features, quality = linear_world(120, noise=1.0, seed=seed)
+        shuffled = np.random.default_rng(1000 + seed).permutation(features)
+        model = fit_router(shuffled, make_table(quality), alpha=0.0)
+        outlook = model.predict(features).at()
+        n_routed += outlook.helps
+        if not outlook.helps:
+            best = int(np.argmax([teacher.mean_reward for teacher in model.teachers]))
+            assert (outlook.strengths_BM.argmax(axis=1) == best).all()
+            assert np.ptp(outlook.strengths_BM, axis=0).max() == 0
+    assert n_routed <= 1
+
+
+def test_alpha_is_mixed_when_it_is_asked_for() -> None:
+    """One router serves every alpha: the extremes follow quality and learnability, the middle their mix."""
+    features, quality = linear_world(300)
+    learnability = quality[:, ::-1] - 20
+    table = make_table(quality, learnability)
+    output = fit_router(features, table, alpha=0.4).predict(features)
+    assert output.any_alpha
+    for alpha in (0.0, 0.4, 0.73, 1.0):
+        rewards = mix_reward(quality, learnability, table.mask_NM, alpha=alpha)
+        outlook = output.at(alpha)
+        assert outlook.alpha == alpha
+        expected = (1 - alpha) * output.parts.quality + alpha * output.parts.learnability
+        np.testing.assert_allclose(outlook.expected_reward_BM, expected)
+        assert gap_closed(outlook.strengths_BM, rewards, int(rewards.mean(axis=0).argmax())) > 0.5
+    with pytest.raises(StrategyError, match="between 0 and 1"):
+        output.at(1.5)
+
+
+def test_one_alpha_is_all_that_the_papers_way_serves() -> None:
+    """A head on the mixed reward, and a table without learnability, name the alpha they were trained at."""
+    features, quality = linear_world(60)
+    paper = fit_router(features, make_table(quality, -np.abs(quality)), alpha=0.4, head_kind="bt")
+    assert paper.mode == "paper"
+    with pytest.raises(StrategyError, match=r"alpha = 0.4 and cannot answer for 0.5"):
+        paper.predict(features).at(0.5)
+    blind = fit_router(features, make_table(quality), alpha=0.0).predict(features)
+    assert not blind.any_alpha
+    with pytest.raises(StrategyError, match="no learnability"):
+        blind.at(0.4)
+
+
+@pytest.mark.parametrize("kind", ["auto", "bt"])
+def test_decisions_do_not_depend_on_what_does_not_matter(kind: str) -> None:
+    """Permuting teachers, shifting a prompt's quality, or duplicating a teacher changes no decision."""
+    features, quality = linear_world(120, noise=1.0)
+    new_features, _ = linear_world(100, seed=1)
+    names = np.array(TEACHERS)
+
+    def decisions(values: np.ndarray, columns: list[int]) -> np.ndarray:
+        model = fit_router(features, make_table(values[:, columns]), alpha=0.0, head_kind=kind)
+        chosen = model.predict(new_features).at().strengths_BM.argmax(axis=1)
+        return names[np.array(columns)[chosen]]
+
+    plain = decisions(quality[:, :4], [0, 1, 2, 3])
+    shift = np.random.default_rng(0).normal(size=(120, 1)) * 10
+    assert (decisions(quality[:, :4], [2, 0, 3, 1]) == plain).mean() > 0.99
+    assert (decisions(quality[:, :4] + shift, [0, 1, 2, 3]) == plain).mean() > 0.99
+    if kind == "auto":  # a duplicate adds pairs to a pairwise loss, which weighs its prompts otherwise
+        assert (decisions(quality[:, :4], [0, 1, 2, 3, 1]) == plain).mean() > 0.99
+
+
+def test_the_conformal_set_covers_the_best_teacher() -> None:
+    """On new prompts the best teacher is within the width as often as stated."""
+    features, quality = linear_world(400, noise=2.0)
+    new_features, new_quality = linear_world(1000, noise=2.0, seed=1)
+    outlook = fit_router(features, make_table(quality), alpha=0.0).predict(new_features).at()
+    assert outlook.conformal_width is not None
+    assert outlook.coverage == 0.9
+    strengths = outlook.strengths_BM
+    behind = strengths.max(axis=1) - strengths[np.arange(1000), new_quality.argmax(axis=1)]
+    covered = (behind <= outlook.conformal_width).mean()
+    assert 0.86 < covered < 0.96
+
+
+def test_strange_prompts_are_flagged() -> None:
+    """Prompts far from all training prompts are out of distribution; those like them are not."""
+    features, quality = linear_world(300)
+    model = fit_router(features, make_table(quality), alpha=0.0, head_kind="ridge")
+    new_features, _ = linear_world(300, seed=1)
+    assert model.predict(new_features).out_of_distribution_B.mean() < 0.06
+    assert model.predict(new_features + 8).out_of_distribution_B.mean() > 0.95
+
+
+def test_members_spread_more_where_there_is_less_data() -> None:
+    """The ensemble's disagreement tells a router of few prompts from one of many."""
+    spreads = []
+    for n_prompts in (40, 400):
+        features, quality = linear_world(n_prompts, noise=1.0)
+        model = fit_router(features, make_table(quality), alpha=0.0, head_kind="ridge")
+        members = model.predict(linear_world(50, seed=1)[0]).member_parts.quality
+        assert members.shape == (5, 50, 5)
+        spreads.append(members.std(axis=0).mean())
+    assert spreads[0] > 2 * spreads[1]
+
+
+def test_the_label_curve_falls() -> None:
+    """In a planted world more labels mean less regret, and the sizes double."""
+    features, quality = linear_world(400, noise=0.5)
+    curve = fit_router(features, make_table(quality), alpha=0.0).facts["label_curve"]
+    assert [point["n_prompts"] for point in curve] == [20, 40, 80, 160, 320]
+    assert curve[-1]["regret"] < curve[0]["regret"]
+    assert curve[-1]["regret"] < curve[-1]["best_single_regret"]

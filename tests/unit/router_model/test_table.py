@@ -10,8 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from router_model.errors import RouterError, TableError
-from router_model.plots import write_plots
+from router_model.errors import TableError
 from router_model.reward import LearnabilityMeasure
 from router_model.table import read_table
 
@@ -231,24 +230,6 @@ def test_without_pyarrow_parquet_says_what_to_install(
     assert read_table(jsonl).n_prompts == 2
     with pytest.raises(TableError, match=r"pip install 'persyn\[train\]'"):
         read_table(parquet)
-
-
-def test_a_picture_that_cannot_be_written_is_named(tmp_path: Path) -> None:
-    """The table's report is drawn whole or not at all: the error names the picture, no draft stays behind."""
-    method = {"mean_reward": 0.5, "gap_closed": {"value": None}, "share": {"a": 1.0}}
-    report = {
-        "n_prompts": 1,
-        "verdict": "v",
-        "methods": {"persyn": method, "oracle": method},
-        "reliability": [{"predicted": 0.5, "observed": 0.5}],
-        "calibration": {"pairwise_ece": 0.0},
-    }
-    (tmp_path / "shares.png").mkdir()
-    with pytest.raises(RouterError, match=r"shares\.png: cannot be written"):
-        write_plots(report, tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["methods.png", "shares.png"]
-    with pytest.raises(RouterError, match=r"methods\.png: cannot be written"):
-        write_plots(report, tmp_path / "absent")
 
 
 def test_a_parquet_file_without_a_column_names_it(tmp_path: Path) -> None:

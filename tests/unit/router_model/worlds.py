@@ -8,11 +8,12 @@ from numpy.typing import NDArray
 
 from router_model.backbone import Encoded
 from router_model.checkpoint import BackboneFacts, Manifest, StudentFacts, TrainingFacts
-from router_model.inference import RouterOutput
-from router_model.model import RouterModel, TeacherSummary
+from router_model.model import TeacherSummary
 from router_model.table import ScoreTable
+from router_model.views import View
 
 FloatArray = NDArray[np.float64]
+FAKE_FACTS = BackboneFacts("fake", "f" * 64, ("mean@1",), "plain", 32, 8)
 TEACHERS = ("alpaca", "bison", "camel", "dingo", "eland")
 
 
@@ -64,9 +65,13 @@ def make_manifest(
         teachers=tuple(teachers),
         alpha=alpha,
         normalization="minmax",
-        backbone=BackboneFacts("fake", "f" * 64, "mean", 32, 8),
+        backbone=FAKE_FACTS,
         training=TrainingFacts("d" * 64, 1, ("e" * 64,)),
-        heads={"strength": "bt", "reward": "ridge", "quality": "ridge"},
+        mode="parts",
+        head="ridge",
+        heads={"chosen.quality": "linear", "raw.quality": "linear"},
+        calibration=(),
+        coverage=0.9,
         head_sha256="a" * 64,
     )
 
@@ -80,32 +85,7 @@ def summary(
     family: str | None = None,
 ) -> TeacherSummary:
     """One teacher's means."""
-    return TeacherSummary(name, family, None, quality, learnability, reward)
-
-
-def make_output(model: RouterModel, features_BD: NDArray[np.float32]) -> RouterOutput:
-    """What a router with these features would say."""
-    predictions = model.predict(features_BD)
-    return RouterOutput(
-        predictions.strengths_BM,
-        predictions.quality_BM,
-        predictions.learnability_BM,
-        predictions.expected_reward_BM,
-        np.ones(len(features_BD), dtype=np.int64),
-        np.zeros(len(features_BD), dtype=np.bool_),
-    )
-
-
-def output_of(strengths_BM: FloatArray) -> RouterOutput:
-    """A router's output with these strengths and nothing known of learnability."""
-    return RouterOutput(
-        strengths_BM,
-        np.zeros_like(strengths_BM),
-        np.full_like(strengths_BM, np.nan),
-        np.zeros_like(strengths_BM),
-        np.full(len(strengths_BM), 7, dtype=np.int64),
-        np.zeros(len(strengths_BM), dtype=np.bool_),
-    )
+    return TeacherSummary(name, family, None, quality, learnability, reward, reward, reward)
 
 
 @dataclass
@@ -114,10 +94,16 @@ class FakeBackbone:
 
     name: str = "fake"
     width: int = 8
-    pooling: str = "mean"
+    hidden: int = 8
+    views: tuple[View, ...] = (View("mean", 1),)
+    frame: str = "plain"
     max_tokens: int = 32
     fingerprint: str = "f" * 64
     poisoned: bool = False
+
+    def with_views(self, views: Sequence[View]) -> "FakeBackbone":
+        """The same."""
+        return self
 
     def encode(self, texts: Sequence[str]) -> Encoded:
         """Cosines of the length."""

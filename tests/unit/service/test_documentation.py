@@ -3,7 +3,23 @@
 import re
 from pathlib import Path
 
+import pytest
+from pydantic import BaseModel
+
+from clients.schemas import (
+    DecisionBody,
+    Problem,
+    ProvenanceBody,
+    RouteRequest,
+    RouteResponse,
+    SynthesisSummary,
+    SynthesizeRequest,
+    SynthesizeResponse,
+    TeacherState,
+)
+from clients.types import STRATEGIES
 from router_model.constraints import parse_constraints
+from service.api.examples import ROUTE_REQUESTS, ROUTE_RESPONSE, SYNTHESIZE_REQUESTS
 from service.settings import PREFIX, Settings
 
 DOCS = Path(__file__).parents[3] / "docs"
@@ -31,3 +47,37 @@ def test_the_constraint_kinds_of_the_page_exist() -> None:
             {needs[kind]: examples[needs[kind]]} if kind in needs else {} if kind == "json" else {"min": 1}
         )
         assert parse_constraints([{"kind": kind, **params}], prompt_id="p")
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        RouteRequest,
+        SynthesizeRequest,
+        RouteResponse,
+        DecisionBody,
+        SynthesizeResponse,
+        ProvenanceBody,
+        SynthesisSummary,
+        TeacherState,
+        Problem,
+    ],
+)
+def test_every_field_of_the_api_is_on_its_page(form: type[BaseModel]) -> None:
+    """docs/api.md names each field that a caller may send or gets back, and each strategy."""
+    words = set(re.findall(r"`(\w+)`", (DOCS / "api.md").read_text()))
+    assert set(form.model_fields) - words == set()
+    assert set(STRATEGIES) - words == set()
+
+
+def test_the_examples_are_requests_and_answers() -> None:
+    """What the OpenAPI document shows is what the service takes and gives, with every field of an answer."""
+    for form, examples in ((RouteRequest, ROUTE_REQUESTS), (SynthesizeRequest, SYNTHESIZE_REQUESTS)):
+        for example in examples.values():
+            form.model_validate(example["value"])
+    answer = RouteResponse.model_validate(ROUTE_RESPONSE)
+    assert answer.model_dump() == ROUTE_RESPONSE
+    for decision in answer.decisions:
+        best, second = sorted(decision.strengths.values(), reverse=True)
+        assert decision.margin == pytest.approx(best - second)
+        assert sum(decision.distribution.values()) == pytest.approx(1.0)

@@ -22,6 +22,7 @@ from clients.errors import (
     TeacherTimeoutError,
     TeacherUnavailableError,
 )
+from router_model.errors import StrategyError
 from service.api.problems import (
     INHERITING,
     ROWS,
@@ -136,6 +137,14 @@ def test_validation_errors_name_the_place_and_not_the_value() -> None:
     assert body["status"] == 422
     assert body["errors"] == [{"loc": ["body", "alpha", "?"], "msg": "too big"}]
     assert "private" not in json.dumps(body)
+
+
+def test_an_option_that_a_strategy_does_not_read_is_named() -> None:
+    """A refused strategy names the field at fault where it is known, and has no list of fields otherwise."""
+    named = problem_of(StrategyError("temperature has no meaning", details={"field": "temperature"}))
+    assert (named.status, named.source) == (422, "client")
+    assert named.errors == [{"loc": ["body", "temperature"], "msg": "temperature has no meaning"}]
+    assert problem_of(StrategyError("no such alpha")).errors is None
 
 
 def test_framework_errors_are_problems_too() -> None:

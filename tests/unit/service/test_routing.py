@@ -1,18 +1,15 @@
 """RoutingService on a scripted router: ids, restrictions, cost, and what is refused."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 
 from clients.schemas import RouteRequest
 from clients.types import Price, RoutingDecision, StudentSpec
-from router_model.checkpoint import BackboneFacts, Manifest, StudentFacts, TrainingFacts
 from router_model.errors import StrategyError
-from router_model.inference import RouterOutput
 from router_model.model import TeacherSummary
 from service.admission import Admission
 from service.errors import (
@@ -23,16 +20,15 @@ from service.errors import (
 )
 from service.routing import Routed, RoutingService
 from service.students import ScoredPrompt, Student, Students
+from tests.unit.planted import planted_manifest, planted_output
 
 TEACHERS = ("a", "b", "c")
 
 
-def manifest(*, learnability: float | None = -1.0) -> Manifest:
+def manifest(*, learnability: float | None = -1.0) -> Any:
     """Three teachers of growing quality; b alone is of the student's family."""
-    return Manifest(
-        checkpoint_id="c0ffee",
-        student=StudentFacts("tiny", "kin"),
-        teachers=tuple(
+    return planted_manifest(
+        [
             TeacherSummary(
                 id=teacher,
                 family="kin" if teacher == "b" else "other",
@@ -40,16 +36,13 @@ def manifest(*, learnability: float | None = -1.0) -> Manifest:
                 mean_quality=float(column),
                 mean_learnability=learnability,
                 mean_reward=0.5,
+                mean_quality_part=0.5,
+                mean_learnability_part=0.5,
                 mean_n_tokens=1000.0 if teacher == "a" else None,
             )
             for column, teacher in enumerate(TEACHERS)
-        ),
-        alpha=0.4,
-        normalization="minmax",
-        backbone=BackboneFacts("none", "0", "mean", 64, 4),
-        training=TrainingFacts("0", 1, ()),
-        heads={},
-        head_sha256="0",
+        ],
+        family="kin",
     )
 
 
@@ -59,7 +52,8 @@ class ScriptedBatcher:
     running = True
 
     def __init__(self) -> None:
-        self.strengths: dict[str, Sequence[float]] = {}
+        self.strengths: dict[str, Sequence[float] | Mapping[float | None, Sequence[float]]] = {}
+        self.facts: dict[str, Any] = {}
         self.texts: list[str] = []
         self.gate: asyncio.Event | None = None
 
@@ -72,12 +66,8 @@ class ScriptedBatcher:
     def _scored(self, text: str) -> ScoredPrompt | Exception:
         if text == "poison":
             return RuntimeError("the model broke")
-        strengths_BM = np.array([self.strengths.get(text, (2.0, 1.0, 0.0))])
-        known_BM = np.zeros_like(strengths_BM)
-        output = RouterOutput(
-            strengths_BM, known_BM, known_BM, known_BM, np.array([len(text)]), np.array([False])
-        )
-        return ScoredPrompt(output, 0)
+        strengths = self.strengths.get(text, (2.0, 1.0, 0.0))
+        return ScoredPrompt(planted_output(strengths, n_input_tokens=len(text), **self.facts), 0)
 
 
 class Decisions:
@@ -95,7 +85,7 @@ def service_of(
     *,
     capacity: int = 100,
     observer: Decisions | None = None,
-    facts: Manifest | None = None,
+    facts: Any = None,
     prices: dict[str, Price] | None = None,
 ) -> RoutingService:
     """A RoutingService with one student whose batcher is scripted."""
@@ -170,7 +160,6 @@ async def test_the_router_reads_the_one_rendering() -> None:
         (request("x", teachers=["a", "d"]), ["body", "teachers", 1]),
         (request("x", exclude=["d"]), ["body", "exclude", 0]),
         (request("x", teachers=["a"], exclude=["a"]), ["body", "exclude"]),
-        (request("x", cost_weight=float("inf")), ["body", "cost_weight"]),
     ],
 )
 async def test_what_cannot_be_served_is_named(body: RouteRequest, loc: list[str | int]) -> None:
@@ -181,7 +170,7 @@ async def test_what_cannot_be_served_is_named(body: RouteRequest, loc: list[str 
 
 
 async def test_a_strategy_without_its_data_is_the_callers_to_change() -> None:
-    """CAR without learnability, and an alpha of another router, are refused by name."""
+    """CAR without learnability, and an alpha that the router cannot serve, are refused by name."""
     service = service_of(ScriptedBatcher(), facts=manifest(learnability=None))
     with pytest.raises(StrategyError, match="learnability"):
         await service.route(request("x", strategy="car"))
@@ -215,11 +204,60 @@ async def test_top_k_keeps_the_strongest_allowed_of_each_prompt() -> None:
 
 async def test_cost_counts_as_much_as_it_is_weighed() -> None:
     """A dear teacher loses the prompt once its expected cost outweighs its lead, and not before."""
-    prices = {"a": Price(0.0, 1000.0), "b": Price(), "c": Price()}
+    prices = {"a": Price(0.0, 1000.0), "b": Price(), "c": Price()}  # b and c are free at any length
     service = service_of(ScriptedBatcher(), prices=prices)
     # 1000 tokens at 1000 dollars per million: one dollar an answer; the lead of a over b is 1.0.
     for weight, teacher in ((0.0, "a"), (0.99, "a"), (1.01, "b")):
         assert only(await service.route(request("x", cost_weight=weight))).teacher == teacher
+
+
+async def test_a_teacher_without_a_known_cost_is_not_taken_for_free() -> None:
+    """No price, or no known length: as dear as the dearest. If nothing above 0 is known, a refusal."""
+    prices = {"a": Price(0.0, 1000.0), "b": Price(0.0, 1.0)}
+    routed = await service_of(ScriptedBatcher(), prices=prices).route(request("x", cost_weight=5.0))
+    assert only(routed).teacher == "a"
+    service = service_of(ScriptedBatcher(), prices={"a": Price()})
+    with pytest.raises(StrategyError, match=r"cost of an answer of b, c is not known"):
+        await service.route(request("x", cost_weight=5.0))
+
+
+async def test_alpha_of_the_request_is_the_one_used() -> None:
+    """Another alpha, another teacher; the answer names the alpha that was used, and its coverage."""
+    batcher = ScriptedBatcher()
+    batcher.strengths = {"x": {None: (2, 1, 0), 0.0: (0, 2, 1), 1.0: (0, 1, 2)}}
+    batcher.facts = {"coverage": 0.9, "width": 1.0}
+    service = service_of(batcher)
+    for alpha, used, teacher in ((None, 0.4, "a"), (0.0, 0.0, "b"), (1.0, 1.0, "c")):
+        routed = await service.route(request("x", alpha=alpha))
+        assert (routed.alpha, routed.coverage, only(routed).teacher) == (used, 0.9, teacher)
+        assert len(only(routed).conformal_set) == 2
+    assert (await service.route(request("poison"))).coverage is None
+
+
+async def test_options_of_a_strategy_reach_it() -> None:
+    """mix_strong_share and car_beta decide what mix and car do."""
+    service = service_of(ScriptedBatcher())
+    for share in (0.0, 1.0):
+        routed = await service.route(request("x", "y", "z", strategy="mix", mix_strong_share=share))
+        assert all((decision.teacher == "c") is (share == 1.0) for decision in decided(routed))
+    routed = await service.route(request("x", strategy="car", car_beta=0.0))
+    assert only(routed).teacher == "c"
+
+
+@pytest.mark.parametrize(
+    ("body", "field"),
+    [
+        (request("x", strategy="strong", temperature=1.0), "temperature"),
+        (request("x", strategy="mix", cost_weight=1.0), "cost_weight"),
+        (request("x", strategy="random", cost_weight=1.0), "cost_weight"),
+    ],
+)
+async def test_an_option_without_meaning_is_refused_before_any_work(body: RouteRequest, field: str) -> None:
+    """The refusal names the option, and the model has not been asked."""
+    batcher = ScriptedBatcher()
+    with pytest.raises(StrategyError, match=f"{field} has no meaning"):
+        await service_of(batcher).route(body)
+    assert batcher.texts == []
 
 
 async def test_a_prompt_that_breaks_the_model_stands_alone() -> None:

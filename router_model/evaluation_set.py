@@ -1,0 +1,70 @@
+"""The held-out prompts on which a router is judged."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from router_model.checkpoint import Manifest
+from router_model.errors import TableError
+from router_model.reward import mix_reward
+from router_model.table import ScoreTable
+
+FloatArray = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class EvaluationSet:
+    """Held-out prompts with the rewards of their responses. Columns are those of the table."""
+
+    table: ScoreTable
+    reward_NM: FloatArray
+    """At the checkpoint's alpha; NaN where a teacher has no response."""
+    columns: tuple[int, ...]
+    """Column of the checkpoint for each teacher of the table."""
+    notes: tuple[str, ...]
+
+
+def held_out(table: ScoreTable, manifest: Manifest) -> EvaluationSet:
+    """The prompts of a table on which a router may be judged: not marked ``train``, not trained on.
+
+    Raises:
+        TableError: No prompt is left, or the table has a teacher that the checkpoint does not know.
+        RouterError: The checkpoint's alpha needs a learnability that the table does not have.
+    """
+    known = [teacher.id for teacher in manifest.teachers]
+    strangers = [teacher for teacher in table.teachers if teacher not in known]
+    if strangers:
+        raise TableError(table.source, f"teacher {strangers[0]!r} is unknown to the checkpoint: {known}")
+    trained = set(manifest.training.prompt_sha256)
+    seen_N = np.array([digest in trained for digest in table.prompt_hashes()])
+    marked_N = np.array([split == "train" for split in table.split_N])
+    kept_N = ~seen_N & ~marked_N & (table.mask_NM.sum(axis=1) > 1)
+    if not kept_N.any():
+        raise TableError(
+            table.source,
+            f"has no prompt to evaluate on: {int(seen_N.sum())} of {table.n_prompts} were trained on. Give a "
+            "table of other prompts, or mark some with split = 'test' before training",
+        )
+    chosen = table.select(kept_N)
+    n_dropped = table.n_prompts - chosen.n_prompts
+    notes = [f"{n_dropped} prompts were left out: trained on, or with one response only"] if n_dropped else []
+    absent = [name for name in known if name not in table.teachers]
+    notes += [f"the table has no responses of {', '.join(absent)}"] if absent else []
+    columns = tuple(known.index(name) for name in table.teachers)
+    return EvaluationSet(chosen, reward_at(chosen, manifest, manifest.alpha), columns, tuple(notes))
+
+
+def reward_at(table: ScoreTable, manifest: Manifest, alpha: float) -> FloatArray:
+    """Rewards of a table's responses at ``alpha``, NM, normalised as in training; NaN in masked cells.
+
+    Raises:
+        RouterError: alpha is outside [0, 1], or above 0 and the table has no learnability.
+    """
+    return mix_reward(
+        table.quality_NM,
+        table.learnability_NM,
+        table.mask_NM,
+        alpha=alpha,
+        normalization=manifest.normalization,
+    )

@@ -1,0 +1,360 @@
+"""Training on frozen features: quality and learnability apart, or the paper's one mixed reward."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from router_model.alpha_calibration import COVERAGE, calibrate, standard_error
+from router_model.design import Design, prepare, project
+from router_model.errors import RouterError, TableError
+from router_model.fitting import FITS, HeadFit, blend, fit_constant, fit_head, fit_ridges
+from router_model.heads import Head, nearest, squared_distances
+from router_model.label_curve import label_curve
+from router_model.model import Novelty, PartHeads, RouterModel, TeacherSummary
+from router_model.objective_fit import fit_objective
+from router_model.objectives import OBJECTIVES
+from router_model.outlook import AlphaCalibration, Mode, Parts
+from router_model.reward import Normalization, mix_reward, regret
+from router_model.table import ScoreTable
+
+FloatArray = NDArray[np.float64]
+BoolArray = NDArray[np.bool_]
+
+HEAD_KINDS = ("auto", *FITS, *OBJECTIVES)
+AUTO_RIVALS = ("knn", "cluster")
+MIN_PROMPTS_FOR_AUTO = 10
+ALPHAS = tuple(round(0.1 * step, 1) for step in range(11))
+
+_NOVELTY_AXES, _NOVELTY_K, _NOVELTY_QUANTILE = 32, 10, 0.99
+_PAPER_L2 = (100.0, 10.0, 1.0)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TunedHead:
+    """A head that was trained together with its backbone."""
+
+    head: Head
+    held_out: NDArray[np.int64]
+    """Prompts of the table that it did not see: what it is calibrated on."""
+    facts: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Data:
+    """What the heads are trained on."""
+
+    design: Design
+    mask_NM: BoolArray
+    quality_NM: FloatArray
+    """Normalised within the prompt, as learnability is."""
+    learnability_NM: FloatArray | None
+
+    def mixed(self, alpha: float) -> FloatArray:
+        """Mixed reward, NM."""
+        return Parts(self.quality_NM, self.learnability_NM).mixed(alpha)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _PartFits:
+    """One kind of head, fitted to each part of the reward."""
+
+    quality: HeadFit
+    learnability: HeadFit | None
+
+    def held_out(self, alpha: float) -> FloatArray | None:
+        """Mixed reward predicted for held-out prompts."""
+        if self.quality.out_of_fold_NM is None:
+            return None
+        learnability = None if self.learnability is None else self.learnability.out_of_fold_NM
+        return Parts(self.quality.out_of_fold_NM, learnability).mixed(alpha)
+
+    def facts(self) -> dict[str, Any]:
+        """Hyper-parameters of both."""
+        learnability = {} if self.learnability is None else {"learnability": dict(self.learnability.facts)}
+        return {"quality": dict(self.quality.facts), **learnability}
+
+
+def fit_router(
+    features_ND: NDArray[np.float32],
+    table: ScoreTable,
+    *,
+    alpha: float,
+    normalization: Normalization = "minmax",
+    head_kind: str = "auto",
+    seed: int = 0,
+    widths: Sequence[int] | None = None,
+    tuned: TunedHead | None = None,
+) -> RouterModel:
+    """Train a router on every prompt of a table. Hold prompts out before, with ``table.select``.
+
+    A kind that predicts rewards has one head for quality and one for learnability, both normalised within the
+    prompt; they are mixed when they are asked, so any alpha can be. The name of an objective gives the
+    paper's way: one head of Bradley-Terry strengths, or of its rivals, on the reward mixed at ``alpha``.
+
+    Args:
+        features_ND: The backbone's features of ``table.prompts``, in that order.
+        table: At least two teachers, each with at least one present cell.
+        alpha: Weight of learnability in the reward, in [0, 1].
+        head_kind: One of ``HEAD_KINDS``. ``auto`` takes ridge regression, or one of ``AUTO_RIVALS``
+            (or a blend) that has less held-out regret by more than a standard error, and falls back to the
+            best single teacher at every alpha at which nothing beats it.
+        seed: Draws the cross-validation folds; the same seed gives the same router.
+        widths: Features of each view, if there are several.
+        tuned: A head that was trained with its backbone, in place of fitting one; ``head_kind`` names its
+            objective.
+
+    Raises:
+        TableError: Too few teachers, or a teacher without a response.
+        RouterError: alpha, normalisation, head or features do not fit.
+    """
+    _require_trainable(features_ND, table)
+    if head_kind not in HEAD_KINDS:
+        raise RouterError(f"unknown head {head_kind!r}: expected one of {list(HEAD_KINDS)}")
+    reward_NM, quality_NM, learnability_NM = _rewards(table, alpha, normalization)
+    kept_N: BoolArray = np.asarray(table.mask_NM.any(axis=1))
+    design = prepare(features_ND[kept_N], seed=seed, widths=widths)
+    data = _Data(
+        design,
+        table.mask_NM[kept_N],
+        quality_NM[kept_N],
+        None if learnability_NM is None else learnability_NM[kept_N],
+    )
+    mode: Mode = "paper" if head_kind in OBJECTIVES else "parts"
+    ridges = _fit_ridges(data, table, kept_N)
+    kind, fits, reasons = _choose(head_kind if mode == "parts" else "ridge", data, alpha, ridges)
+    fixed = None
+    if tuned is not None:
+        fixed = HeadFit(tuned.head, None, (), tuned.facts)
+    elif mode == "paper":
+        fixed = fit_objective(head_kind, design, data.mixed(alpha), data.mask_NM)
+    constant = _PartFits(
+        fit_constant(design, data.quality_NM, data.mask_NM),
+        None if data.learnability_NM is None else fit_constant(design, data.learnability_NM, data.mask_NM),
+    )
+    calibration = (
+        _calibrations(data, fits, fixed, constant, alpha, gated=head_kind == "auto")
+        if tuned is None
+        else (_tuned_calibration(tuned, features_ND, reward_NM, table.mask_NM, alpha),)
+    )
+    return RouterModel(
+        teachers=_summarise(table, reward_NM, quality_NM, learnability_NM),
+        alpha=alpha,
+        normalization=normalization,
+        mode=mode,
+        kind=head_kind if fixed is not None else kind,
+        chosen=PartHeads(
+            fits.quality.head,
+            None if fits.learnability is None else fits.learnability.head,
+            None if fixed is None else fixed.head,
+        ),
+        members=_members(fits, fixed),
+        member_means=_member_means(constant, table.n_teachers),
+        quality=ridges["raw_quality"].head,
+        learnability=ridges["raw_learnability"].head if "raw_learnability" in ridges else None,
+        calibration=calibration,
+        coverage=COVERAGE,
+        novelty=_novelty(design),
+        baselines=_baselines(data, alpha),
+        facts={
+            "requested": head_kind,
+            "seed": seed,
+            "n_folds": design.n_folds,
+            "n_partitions": len(design.folds) // max(design.n_folds, 1),
+            **reasons,
+            **fits.facts(),
+            **({"strength": dict(fixed.facts)} if fixed is not None else {}),
+            "label_curve": label_curve(design, data.quality_NM, data.learnability_NM, data.mask_NM, alpha),
+        },
+    )
+
+
+def _rewards(
+    table: ScoreTable, alpha: float, normalization: Normalization
+) -> tuple[FloatArray, FloatArray, FloatArray | None]:
+    """Mixed reward at alpha, and its parts."""
+    values = table.quality_NM, table.learnability_NM, table.mask_NM
+    reward_NM = mix_reward(*values, alpha=alpha, normalization=normalization)
+    quality_NM = mix_reward(*values, alpha=0.0, normalization=normalization)
+    if table.learnability_NM is None:
+        return reward_NM, quality_NM, None
+    return reward_NM, quality_NM, mix_reward(*values, alpha=1.0, normalization=normalization)
+
+
+def _fit_ridges(data: _Data, table: ScoreTable, kept_N: BoolArray) -> dict[str, HeadFit]:
+    """Ridge heads of both parts of the reward and of the raw values that explain it."""
+    targets = {
+        "quality": data.quality_NM,
+        "learnability": data.learnability_NM,
+        "raw_quality": table.quality_NM[kept_N],
+        "raw_learnability": None if table.learnability_NM is None else table.learnability_NM[kept_N],
+    }
+    known = {name: values_NM for name, values_NM in targets.items() if values_NM is not None}
+    return fit_ridges(data.design, known, data.mask_NM)
+
+
+def _choose(
+    head_kind: str, data: _Data, alpha: float, ridges: Mapping[str, HeadFit]
+) -> tuple[str, _PartFits, dict[str, Any]]:
+    """The kind of head, its fits, and why."""
+    ridge = _PartFits(ridges["quality"], ridges.get("learnability"))
+    if head_kind == "ridge":
+        return head_kind, ridge, {}
+    if head_kind != "auto":
+        return head_kind, _fit_parts(head_kind, data), {}
+    n_prompts = data.design.n_prompts
+    if n_prompts < MIN_PROMPTS_FOR_AUTO:
+        reason = f"{n_prompts} prompts are too few to compare heads; {MIN_PROMPTS_FOR_AUTO} are needed"
+        return "constant", _fit_parts("constant", data), {"auto_reason": reason}
+    candidates = {"ridge": ridge, **{kind: _fit_parts(kind, data) for kind in AUTO_RIVALS}}
+    blended = _blend_parts(candidates["ridge"], candidates["knn"])
+    if blended is not None:
+        candidates["blend"] = blended
+    reward_NM = data.mixed(alpha)
+    regrets = {}
+    for kind, fits in candidates.items():
+        predicted_NM = fits.held_out(alpha)
+        if predicted_NM is not None:
+            regrets[kind] = regret(predicted_NM, reward_NM, data.mask_NM)
+    best = min(regrets, key=lambda kind: float(regrets[kind].mean()))
+    gain_N = regrets["ridge"] - regrets[best]
+    gain, gain_se = float(gain_N.mean()), standard_error(gain_N)
+    chosen = best if gain > gain_se else "ridge"
+    reason = f"{best} has {gain:.4g} less held-out regret than ridge (standard error {gain_se:.2g})"
+    shown = {kind: float(regret_N.mean()) for kind, regret_N in regrets.items()}
+    return chosen, candidates[chosen], {"auto_reason": reason, "auto_cv_regret": shown}
+
+
+def _fit_parts(kind: str, data: _Data) -> _PartFits:
+    quality = fit_head(kind, data.design, data.quality_NM, data.mask_NM)
+    if data.learnability_NM is None:
+        return _PartFits(quality, None)
+    return _PartFits(quality, fit_head(kind, data.design, data.learnability_NM, data.mask_NM))
+
+
+def _blend_parts(ridge: _PartFits, knn: _PartFits) -> _PartFits | None:
+    quality = blend(ridge.quality, knn.quality)
+    if quality is None or ridge.learnability is None or knn.learnability is None:
+        return None if quality is None else _PartFits(quality, None)
+    learnability = blend(ridge.learnability, knn.learnability)
+    return None if learnability is None else _PartFits(quality, learnability)
+
+
+def _calibrations(
+    data: _Data, fits: _PartFits, fixed: HeadFit | None, constant: _PartFits, alpha: float, *, gated: bool
+) -> tuple[AlphaCalibration, ...]:
+    """At the training alpha, and at the others where learnability is known and the head serves them."""
+    serves_all = fixed is None and data.learnability_NM is not None
+    return tuple(
+        calibrate(
+            at,
+            fits.held_out(at) if fixed is None else fixed.out_of_fold_NM,
+            constant.held_out(at),
+            data.mixed(at),
+            data.mask_NM,
+            always_helps=not gated,
+        )
+        for at in (sorted({*ALPHAS, alpha}) if serves_all else (alpha,))
+    )
+
+
+def _tuned_calibration(
+    tuned: TunedHead,
+    features_ND: NDArray[np.float32],
+    reward_NM: FloatArray,
+    mask_NM: BoolArray,
+    alpha: float,
+) -> AlphaCalibration:
+    rows = tuned.held_out
+    predicted_NM = tuned.head.predict(features_ND[rows])
+    return calibrate(alpha, predicted_NM, predicted_NM, reward_NM[rows], mask_NM[rows], always_helps=True)
+
+
+def _members(fits: _PartFits, fixed: HeadFit | None) -> tuple[PartHeads, ...]:
+    return tuple(
+        PartHeads(
+            member,
+            None if fits.learnability is None else fits.learnability.members[index],
+            None if fixed is None or not fixed.members else fixed.members[index],
+        )
+        for index, member in enumerate(fits.quality.members)
+    )
+
+
+def _member_means(constant: _PartFits, n_teachers: int) -> Parts:
+    def means(fit: HeadFit) -> FloatArray:
+        nothing = np.zeros((1, 0), dtype=np.float32)
+        rows = [member.predict(nothing)[0] for member in fit.members]
+        return np.stack(rows) if rows else np.zeros((0, n_teachers))
+
+    learnability = None if constant.learnability is None else means(constant.learnability)
+    return Parts(means(constant.quality), learnability)
+
+
+def _novelty(design: Design) -> Novelty:
+    """Distances among the training prompts, on whitened axes; the threshold leaves one in a hundred out."""
+    projection = project(design.spectrum(), _NOVELTY_AXES, whiten=True)
+    points_NK = projection(design.features_ND)
+    if len(points_NK) <= _NOVELTY_K + 1:
+        return Novelty(projection, points_NK, _NOVELTY_K, float("inf"))
+    distances_NN = squared_distances(points_NK, points_NK)
+    # A training prompt is its own nearest, so it takes one more.
+    index_NK = nearest(distances_NN, _NOVELTY_K + 1)
+    kth_N = np.take_along_axis(distances_NN, index_NK, axis=1).max(axis=1)
+    return Novelty(projection, points_NK, _NOVELTY_K, float(np.quantile(kth_N, _NOVELTY_QUANTILE)))
+
+
+def _baselines(data: _Data, alpha: float) -> Mapping[str, Head]:
+    """The rivals of a report: neighbours, and the paper's loss with ties coded as losses."""
+    reward_NM = data.mixed(alpha)
+    paper = fit_objective("paper_bt", data.design, reward_NM, data.mask_NM, grid=_PAPER_L2)
+    return {"knn": fit_head("knn", data.design, reward_NM, data.mask_NM).head, "paper_bt": paper.head}
+
+
+def _require_trainable(features_ND: NDArray[np.float32], table: ScoreTable) -> None:
+    """Refuse what no router can be trained on, before any work is done."""
+    if table.n_teachers < 2:
+        raise TableError(
+            table.source, f"has {table.n_teachers} teacher(s); a router needs at least two teachers"
+        )
+    if not table.mask_NM.any():
+        raise TableError(table.source, "has no prompt to train on")
+    n_cells_M = table.mask_NM.sum(axis=0)
+    empty = [name for name, n_cells in zip(table.teachers, n_cells_M.tolist(), strict=True) if not n_cells]
+    if empty:
+        reason = f"teacher {empty[0]!r} has no response among the training prompts; leave it out of the table"
+        raise TableError(table.source, reason)
+    if features_ND.ndim != 2 or len(features_ND) != table.n_prompts:
+        raise RouterError(f"features have shape {features_ND.shape}, expected ({table.n_prompts}, width)")
+    if not np.isfinite(features_ND).all():
+        raise RouterError("features hold NaN or infinity: the backbone's output cannot be used")
+
+
+def _summarise(
+    table: ScoreTable, reward_NM: FloatArray, quality_NM: FloatArray, learnability_NM: FloatArray | None
+) -> tuple[TeacherSummary, ...]:
+    """The teachers in column order with their means over present cells."""
+
+    def mean(values_NM: FloatArray | None, column: int) -> float | None:
+        known = [] if values_NM is None else values_NM[~np.isnan(values_NM[:, column]), column]
+        return float(np.mean(known)) if len(known) else None
+
+    def present_mean(values_NM: FloatArray, column: int) -> float:
+        return float(values_NM[table.mask_NM[:, column], column].mean())
+
+    return tuple(
+        TeacherSummary(
+            id=teacher,
+            family=table.families.get(teacher),
+            size_b=table.sizes_b.get(teacher),
+            mean_quality=present_mean(table.quality_NM, column),
+            mean_learnability=mean(table.learnability_NM, column),
+            mean_reward=present_mean(reward_NM, column),
+            mean_quality_part=present_mean(quality_NM, column),
+            mean_learnability_part=mean(learnability_NM, column),
+            mean_n_tokens=mean(table.n_tokens_NM, column),
+        )
+        for column, teacher in enumerate(table.teachers)
+    )
