@@ -9,6 +9,22 @@ ChatMessage = Mapping[str, Any]
 
 CacheMode = Literal["use", "refresh", "off"]
 Strategy = Literal["persyn", "strong", "mix", "family_strong", "car", "best_single", "random"]
+HeadChoice = Literal[
+    "auto",
+    "constant",
+    "ridge",
+    "knn",
+    "cluster",
+    "mlp",
+    "bt",
+    "paper_bt",
+    "soft_bt",
+    "regression",
+    "listwise",
+    "plackett_luce",
+    "regret",
+]
+"""Heads that training fits: ``auto``, predictors of a reward, and objectives."""
 STRATEGIES: tuple[Strategy, ...] = (
     "persyn",
     "strong",

@@ -1,54 +1,15 @@
 """What the router does at other weights of learnability than the one it was trained for."""
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from router_model.checkpoint import Manifest
 from router_model.choices import Choices, expected, highest, mean_expected
 from router_model.evaluation_set import EvaluationSet, reward_at
 from router_model.gap import Contest
-
-FloatArray = NDArray[np.float64]
-
-ALPHAS = tuple(tenth / 10 for tenth in range(11))
-
-
-class Outlook(Protocol):
-    """What the router says of B prompts and M teachers at one alpha."""
-
-    @property
-    def strengths_BM(self) -> FloatArray:  # noqa: N802
-        """Bradley-Terry logits, in the columns of the checkpoint."""
-
-    @property
-    def helps(self) -> bool:
-        """False where the router has fallen back to the best single teacher."""
-
-    @property
-    def conformal_width(self) -> float | None:
-        """In logits."""
-
-    @property
-    def coverage(self) -> float | None:
-        """That the conformal width was calibrated for."""
-
-
-class ScoredPrompts(Protocol):
-    """A router's output for B prompts, from which any alpha can be asked if ``any_alpha``."""
-
-    @property
-    def any_alpha(self) -> bool:
-        """Whether other alphas than the checkpoint's can be asked."""
-
-    @property
-    def out_of_distribution_B(self) -> NDArray[np.bool_]:  # noqa: N802
-        """Prompts unlike those of the training."""
-
-    def at(self, alpha: float | None = None) -> Outlook:
-        """The outlook at ``alpha``; at the checkpoint's if None."""
+from router_model.outlook import ALPHAS, Outlook, RouterOutput
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -59,7 +20,7 @@ class AlphaPoint:
     contest: Contest
 
 
-def alpha_points(output: ScoredPrompts, held: EvaluationSet, manifest: Manifest) -> list[AlphaPoint]:
+def alpha_points(output: RouterOutput, held: EvaluationSet, manifest: Manifest) -> list[AlphaPoint]:
     """The router at alpha = 0, 0.1, ..., 1, each judged by the reward of that alpha.
 
     Empty if the router or the table knows one alpha only. The best single teacher at each alpha is the one

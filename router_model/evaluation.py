@@ -6,13 +6,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from router_model.alpha_curve import Outlook, ScoredPrompts, alpha_points
+from router_model.alpha_curve import alpha_points
 from router_model.calibration import conformal_coverage, pairwise_calibration
 from router_model.checkpoint import Manifest
 from router_model.choices import all_choices, expected, facts, versus
 from router_model.evaluation_set import EvaluationSet
 from router_model.gap import Contest, gaps_closed
 from router_model.learning_curve import advise
+from router_model.outlook import Outlook, RouterOutput
 
 FloatArray = NDArray[np.float64]
 
@@ -22,7 +23,7 @@ FALLEN_BACK = "the router has fallen back to the best single teacher: cross-vali
 
 
 def evaluate(
-    output: ScoredPrompts,
+    output: RouterOutput,
     held: EvaluationSet,
     manifest: Manifest,
     *,
@@ -74,7 +75,7 @@ def evaluate(
 
 
 def _judged(
-    output: ScoredPrompts,
+    output: RouterOutput,
     strengths_NM: FloatArray,
     held: EvaluationSet,
     manifest: Manifest,

@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 from router_model.errors import StrategyError
 
 FloatArray = NDArray[np.float64]
+ALPHAS = tuple(tenth / 10 for tenth in range(11))
+"""Where a router that serves any alpha is calibrated and judged."""
 Mode = Literal["parts", "paper"]
 """``parts``: quality and learnability are predicted apart. ``paper``: one head on the mixed reward."""
 

@@ -16,7 +16,7 @@ from router_model.label_curve import label_curve
 from router_model.model import Novelty, PartHeads, RouterModel, TeacherSummary
 from router_model.objective_fit import fit_objective
 from router_model.objectives import OBJECTIVES
-from router_model.outlook import AlphaCalibration, Mode, Parts
+from router_model.outlook import ALPHAS, AlphaCalibration, Mode, Parts
 from router_model.reward import Normalization, mix_reward, regret
 from router_model.table import ScoreTable
 
@@ -26,7 +26,6 @@ BoolArray = NDArray[np.bool_]
 HEAD_KINDS = ("auto", *FITS, *OBJECTIVES)
 AUTO_RIVALS = ("knn", "cluster")
 MIN_PROMPTS_FOR_AUTO = 10
-ALPHAS = tuple(round(0.1 * step, 1) for step in range(11))
 
 _NOVELTY_AXES, _NOVELTY_K, _NOVELTY_QUANTILE = 32, 10, 0.99
 _PAPER_L2 = (100.0, 10.0, 1.0)

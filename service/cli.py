@@ -17,7 +17,7 @@ from typer.core import TyperCommand, TyperGroup
 from typing_extensions import override
 
 from clients.errors import ConfigurationError, PersynError
-from clients.types import CAR_BETA, MIX_STRONG_SHARE
+from clients.types import CAR_BETA, MIX_STRONG_SHARE, HeadChoice
 from service.decision_text import by_share, decision_lines
 from service.options import (
     AlphaOption,
@@ -74,21 +74,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-HeadName = Literal[
-    "auto",
-    "constant",
-    "ridge",
-    "knn",
-    "cluster",
-    "mlp",
-    "bt",
-    "paper_bt",
-    "soft_bt",
-    "regression",
-    "listwise",
-    "plackett_luce",
-    "regret",
-]
 MeasureName = Literal["mean_logprob", "rank_surprisal", "local_logprob"]
 
 ConfigOption = Annotated[Path, typer.Option("-c", "--config", help="The project file.")]
@@ -242,7 +227,7 @@ def train(
     learnability: Annotated[
         MeasureName, typer.Option("--learnability", help="Measure of learnability.")
     ] = "mean_logprob",
-    head: Annotated[HeadName, typer.Option("--head")] = "auto",
+    head: Annotated[HeadChoice, typer.Option("--head")] = "auto",
     max_tokens: Annotated[int, typer.Option("--max-tokens", min=8)] = 2048,
     views: Annotated[
         str | None, typer.Option("--views", help="Hidden states to use, such as last@22,mean@15.")

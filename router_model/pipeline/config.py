@@ -20,24 +20,8 @@ from pydantic import (
 
 from clients.canonical import canonical_json
 from clients.errors import ConfigurationError
-from clients.types import License, Limits, Price, Project, StudentSpec, TeacherSpec
+from clients.types import HeadChoice, License, Limits, Price, Project, StudentSpec, TeacherSpec
 from router_model.reward import LearnabilityMeasure
-
-HeadChoice = Literal[
-    "auto",
-    "constant",
-    "ridge",
-    "knn",
-    "cluster",
-    "mlp",
-    "bt",
-    "paper_bt",
-    "soft_bt",
-    "regression",
-    "listwise",
-    "plackett_luce",
-    "regret",
-]
 
 Identifier = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[^\s/]+(/[^\s/]+)*$")]
 Named = TypeVar("Named", "StudentSection", "TeacherSection")

@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 
+from clients.types import HeadChoice
 from router_model.backbone import Backbone, load_backbone
 from router_model.checkpoint import BackboneFacts, StudentFacts, TrainingFacts, write_checkpoint
 from router_model.embedding_cache import EmbeddingCache, encode_all
 from router_model.errors import TableError
 from router_model.model import RouterModel
 from router_model.pipeline.artifacts import git_revision
-from router_model.pipeline.config import HeadChoice
 from router_model.pipeline.progress import Progress
 from router_model.reward import LearnabilityMeasure, Normalization
 from router_model.table import ScoreTable, read_table
