@@ -25,7 +25,7 @@ from router_model.model_tensors import head_kinds, model_tensors, restore_model
 from router_model.outlook import AlphaCalibration, Mode
 from router_model.reward import LearnabilityMeasure, Normalization
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 MANIFEST_FILE = "manifest.json"
 HEAD_FILE = "head.safetensors"
 WEIGHTS_FILE = "model.safetensors"
@@ -92,6 +92,8 @@ class Manifest:
     """Of the conformal sets."""
     head_sha256: str
     """Hash of ``head.safetensors``."""
+    top_alphas: tuple[float, ...] = ()
+    """At which the best teacher is predicted; empty where rewards alone are."""
     facts: Mapping[str, Any] = field(default_factory=dict)
     """Hyper-parameters and cross-validation numbers."""
     versions: Mapping[str, str] = field(default_factory=dict)
@@ -166,6 +168,7 @@ def write_checkpoint(
         calibration=model.calibration,
         coverage=model.coverage,
         head_sha256=hashlib.sha256(weights).hexdigest(),
+        top_alphas=model.top_alphas,
         facts=model.facts,
         versions={name: importlib.metadata.version(name) for name in ("persyn", "torch", "transformers")},
         git_revision=git_revision,
@@ -283,6 +286,7 @@ def _manifest(content: Mapping[str, Any]) -> Manifest:
         "teachers": tuple(TeacherSummary(**teacher) for teacher in content["teachers"]),
         "backbone": BackboneFacts(**{**content["backbone"], "views": tuple(content["backbone"]["views"])}),
         "calibration": tuple(AlphaCalibration(**item) for item in content["calibration"]),
+        "top_alphas": tuple(map(float, content["top_alphas"])),
         "training": TrainingFacts(
             **{**content["training"], "prompt_sha256": tuple(content["training"]["prompt_sha256"])}
         ),
@@ -302,6 +306,7 @@ def _model(manifest: Manifest, tensors: Mapping[str, NDArray[np.float64]]) -> Ro
         calibration=manifest.calibration,
         coverage=manifest.coverage,
         width=manifest.backbone.width,
+        top_alphas=manifest.top_alphas,
         facts=manifest.facts,
     )
 

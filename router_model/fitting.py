@@ -22,7 +22,7 @@ from router_model.heads import (
     MLPHead,
     NeighbourHead,
 )
-from router_model.linear_fit import LinearMap, column_means, decompose, ridge_path
+from router_model.linear_fit import LinearMap, column_means, decompose, ridge_path, ridge_path_left_out
 from router_model.mlp import train_mlp
 
 FloatArray = NDArray[np.float64]
@@ -45,6 +45,9 @@ class HeadFit:
     out_of_fold_NM: FloatArray | None
     """Predictions for each training prompt by heads that did not see it, with hyper-parameters chosen on the
     other folds. None without folds."""
+    means_NM: FloatArray | None
+    """The teachers' means over the prompts that those heads saw: what a constant would have predicted. None
+    for strengths, which have no scale."""
     members: tuple[Head, ...]
     """The head fitted without each fold of the first partition: how much it depends on the sample."""
     facts: Mapping[str, Any]
@@ -57,19 +60,22 @@ Fit = Callable[[Design, FloatArray, BoolArray], HeadFit]
 
 def fit_constant(design: Design, targets_NM: FloatArray, mask_NM: BoolArray) -> HeadFit:
     """Teacher means; cross-validated too, so that the other heads have something to beat."""
-
-    def means(rows: NDArray[np.int64]) -> FloatArray:
-        return column_means(targets_NM[rows], mask_NM[rows])
-
     head = ConstantHead(column_means(targets_NM, mask_NM))
     if not design.folds:
-        return HeadFit(head, None, (), {})
-    out_of_fold_NM = average_held_out(
-        design, targets_NM.shape[1], lambda fold: np.tile(means(fold.train), (len(fold.held_out), 1))
+        return HeadFit(head, None, None, (), {})
+    means_NM = _fold_means(design, targets_NM, mask_NM)
+    members = tuple(
+        ConstantHead(column_means(targets_NM[fold.train], mask_NM[fold.train])) for fold in design.partition
     )
-    return HeadFit(
-        head, out_of_fold_NM, tuple(ConstantHead(means(fold.train)) for fold in design.partition), {}
-    )
+    return HeadFit(head, means_NM, means_NM, members, {})
+
+
+def _fold_means(design: Design, targets_NM: FloatArray, mask_NM: BoolArray) -> FloatArray:
+    def means(fold: Fold) -> FloatArray:
+        mean_M = column_means(targets_NM[fold.train], mask_NM[fold.train])
+        return np.tile(mean_M, (len(fold.held_out), 1))
+
+    return average_held_out(design, targets_NM.shape[1], means)
 
 
 def fit_ridge(design: Design, targets_NM: FloatArray, mask_NM: BoolArray) -> HeadFit:
@@ -91,7 +97,10 @@ def fit_ridges(design: Design, targets: Mapping[str, FloatArray], mask_NM: BoolA
     # Teachers side by side: M columns for each target.
     targets_NC = np.concatenate(list(targets.values()), axis=1)
     mask_NC = np.tile(mask_NM, (1, len(targets)))
-    held_VGNC = _held_out_paths(design, targets_NC, mask_NC)
+    # With every cell present, leaving out one prompt at a time has a closed form: nothing is drawn by chance.
+    full = bool(mask_NM.all())
+    held_VGNC = (_left_out_paths if full else _held_out_paths)(design, targets_NC, mask_NC)
+    means_NC = left_out_means(targets_NC) if full else _fold_means(design, targets_NC, mask_NC)
     error_VGNC = np.where(mask_NC, held_VGNC - targets_NC, 0.0) ** 2
     total_VGC = error_VGNC.sum(axis=2)
     chosen_VC = total_VGC.argmin(axis=1)
@@ -114,12 +123,23 @@ def fit_ridges(design: Design, targets: Mapping[str, FloatArray], mask_NM: BoolA
         l2 = [[_json_l2(L2_GRID[step]) for step in row] for row in chosen_VC[:, own].tolist()]
         parts = tuple(LinearHead(_columns(member, own)) for member in members)
         facts = {"l2": l2, "cv_squared_error": error}
-        fits[name] = HeadFit(LinearHead(_columns(whole, own)), held_NM, parts, facts)
+        fits[name] = HeadFit(LinearHead(_columns(whole, own)), held_NM, means_NC[:, own], parts, facts)
     return fits
 
 
 def _columns(linear: LinearMap, own: slice) -> LinearMap:
     return LinearMap(np.ascontiguousarray(linear.weight_DM[:, own]), linear.bias_M[own])
+
+
+def left_out_means(targets_NM: FloatArray) -> FloatArray:
+    """Mean of each column over all other prompts, NM; at least two prompts, no gaps."""
+    return np.asarray((targets_NM.sum(axis=0) - targets_NM) / (len(targets_NM) - 1))
+
+
+def _left_out_paths(design: Design, targets_NM: FloatArray, _mask_NM: BoolArray) -> FloatArray:
+    """Predictions of each prompt from all the others, by view and L2. No gaps."""
+    spectra = (decompose(design.features_ND[:, columns]) for columns in design.views)
+    return np.stack([ridge_path_left_out(spectrum, targets_NM, L2_GRID) for spectrum in spectra])
 
 
 def _held_out_paths(design: Design, targets_NM: FloatArray, mask_NM: BoolArray) -> FloatArray:
@@ -238,7 +258,8 @@ def _fit_by_size(
         others_G = error_GN.sum(axis=1) - error_GN[:, fold.held_out].sum(axis=1)
         out_of_fold_NM[fold.held_out] = held_GNM[int(others_G.argmin()), fold.held_out]
     members = tuple(solve(fold, choices[best]) for fold in design.partition)
-    return HeadFit(solve(None, choices[best]), out_of_fold_NM, members, {name: choices[best]})
+    means_NM = _fold_means(design, targets_NM, mask_NM)
+    return HeadFit(solve(None, choices[best]), out_of_fold_NM, means_NM, members, {name: choices[best]})
 
 
 def blend(linear: HeadFit, neighbours: HeadFit) -> HeadFit | None:
@@ -246,6 +267,8 @@ def blend(linear: HeadFit, neighbours: HeadFit) -> HeadFit | None:
     if not (isinstance(linear.head, LinearHead) and isinstance(neighbours.head, NeighbourHead)):
         return None
     if linear.out_of_fold_NM is None or neighbours.out_of_fold_NM is None:
+        return None
+    if linear.means_NM is None or neighbours.means_NM is None:
         return None
     members = tuple(
         BlendHead(first, second)
@@ -255,6 +278,7 @@ def blend(linear: HeadFit, neighbours: HeadFit) -> HeadFit | None:
     return HeadFit(
         BlendHead(linear.head, neighbours.head),
         (linear.out_of_fold_NM + neighbours.out_of_fold_NM) / 2,
+        (linear.means_NM + neighbours.means_NM) / 2,
         members,
         {"ridge": dict(linear.facts), "knn": dict(neighbours.facts)},
     )

@@ -26,6 +26,7 @@ CG_TOLERANCE = 1e-14
 MAX_LBFGS_STEPS = 40
 # Relative L2 of an objective's bias: a teacher that wins every pair has no finite best strength.
 BIAS_L2 = 1e-3
+_LEAST_FREEDOM = 1e-6
 # A few features of a language model may vary a thousand times more than the others and say no more.
 MAX_SCALE_RATIO = 10.0
 
@@ -128,6 +129,27 @@ def ridge_path(
         return np.stack(weights), np.tile(mean_M, (len(grid), 1))
     solved = [_ridge_with_gaps(spectrum, targets_NM, mask_NM, mean_M, l2) for l2 in grid]
     return np.stack([weight for weight, _ in solved]), np.stack([bias for _, bias in solved])
+
+
+def ridge_path_left_out(spectrum: Spectrum, targets_NM: FloatArray, grid: Sequence[float]) -> FloatArray:
+    """What ridge regression on all other prompts predicts of each prompt, for every L2 of a grid, GNM.
+
+    The closed form for a full table: ``y - (I - H)^-1_nn (I - H) y`` with the hat matrix H of the centred
+    features and the bias (Allen, 1974), as exact as fitting N times.
+    """
+    n_prompts = len(targets_NM)
+    sum_K = spectrum.variance_K * n_prompts
+    basis_NK = spectrum.rotated_NK / np.sqrt(sum_K)
+    centred_NM = targets_NM - targets_NM.mean(axis=0)
+    along_KM = basis_NK.T @ centred_NM
+    left_out = np.empty((len(grid), *targets_NM.shape))
+    for index, l2 in enumerate(grid):
+        kept_K = np.zeros_like(sum_K) if math.isinf(l2) else sum_K / (sum_K + l2)
+        residual_NM = centred_NM - basis_NK @ (kept_K[:, None] * along_KM)
+        free_N = 1.0 - 1.0 / n_prompts - (basis_NK**2) @ kept_K
+        # A prompt that alone spans an axis has no other that could foretell it: its residual is 0 / 0.
+        left_out[index] = targets_NM - residual_NM / np.maximum(free_N, _LEAST_FREEDOM)[:, None]
+    return left_out
 
 
 def _ridge_with_gaps(

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from router_model.heads import FeatureArray, Head, Projection, nearest, squared_distances
-from router_model.outlook import AlphaCalibration, Mode, Parts, RouterOutput
+from router_model.outlook import AlphaCalibration, Mode, Parts, RouterOutput, TopDeviations
 from router_model.reward import Normalization
 
 FloatArray = NDArray[np.float64]
@@ -38,6 +38,8 @@ class PartHeads:
     quality: Head
     learnability: Head | None
     fixed: Head | None = None
+    top: Head | None = None
+    """Of which teacher is the best: M columns for each alpha, alpha by alpha."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -80,6 +82,8 @@ class RouterModel:
     calibration: tuple[AlphaCalibration, ...]
     coverage: float
     novelty: Novelty
+    top_alphas: tuple[float, ...]
+    """Of the columns of ``PartHeads.top``; empty without one."""
     baselines: Mapping[str, Head]
     """Rivals trained on the same features and rewards, for reports."""
     facts: Mapping[str, Any]
@@ -100,7 +104,7 @@ class RouterModel:
             alpha=self.alpha,
             calibration=self.calibration,
             coverage=self.coverage,
-            parts=_parts(self.chosen, features_BD),
+            parts=self._parts(self.chosen, features_BD),
             member_parts=self._member_parts(features_BD),
             mean_parts=self._mean_parts(),
             member_means=self.member_means,
@@ -124,21 +128,29 @@ class RouterModel:
             None if None in learnability else np.array(learnability, dtype=np.float64),
         )
 
+    def _parts(self, heads: PartHeads, features_BD: FeatureArray) -> Parts:
+        learnability = None if heads.learnability is None else heads.learnability.predict(features_BD)
+        top = None
+        if heads.top is not None:
+            shape = (len(features_BD), len(self.top_alphas), len(self.teachers))
+            top = TopDeviations(self.top_alphas, heads.top.predict(features_BD).reshape(shape))
+        return Parts(heads.quality.predict(features_BD), learnability, top)
+
     def _member_parts(self, features_BD: FeatureArray) -> Parts:
-        n_teachers = len(self.teachers)
-        quality_EBM = _stacked([member.quality for member in self.members], features_BD, n_teachers)
-        if self.chosen.learnability is None:
-            return Parts(quality_EBM, None)
-        learnability = [member.learnability for member in self.members]
-        return Parts(quality_EBM, _stacked(learnability, features_BD, n_teachers))
+        members = [self._parts(member, features_BD) for member in self.members]
+        if not members:
+            nothing_EBM = np.zeros((0, len(features_BD), len(self.teachers)))
+            return Parts(nothing_EBM, None if self.chosen.learnability is None else nothing_EBM)
+        learnability = [member.learnability for member in members if member.learnability is not None]
+        top = [member.top.values for member in members if member.top is not None]
+        return Parts(
+            np.stack([member.quality for member in members]),
+            np.stack(learnability) if learnability else None,
+            TopDeviations(self.top_alphas, np.stack(top)) if top else None,
+        )
 
 
-def _parts(heads: PartHeads, features_BD: FeatureArray) -> Parts:
-    learnability = None if heads.learnability is None else heads.learnability.predict(features_BD)
-    return Parts(heads.quality.predict(features_BD), learnability)
-
-
-def _stacked(heads: list[Head] | list[Head | None], features_BD: FeatureArray, n_teachers: int) -> FloatArray:
+def _stacked(heads: list[Head | None], features_BD: FeatureArray, n_teachers: int) -> FloatArray:
     """Predictions of the heads there are, EBM."""
     values = [head.predict(features_BD) for head in heads if head is not None]
     return np.stack(values) if values else np.zeros((0, len(features_BD), n_teachers))

@@ -16,7 +16,7 @@ from router_model.reward import Normalization
 FloatArray = NDArray[np.float64]
 Tensors = Mapping[str, NDArray[np.floating]]
 
-_PARTS = ("quality", "learnability", "fixed")
+_PARTS = ("quality", "learnability", "fixed", "top")
 
 
 def head_kinds(model: RouterModel) -> dict[str, str]:
@@ -53,6 +53,7 @@ def restore_model(
     calibration: tuple[AlphaCalibration, ...],
     coverage: float,
     width: int,
+    top_alphas: tuple[float, ...],
     facts: Mapping[str, Any],
 ) -> RouterModel:
     """Build the router that ``model_tensors`` and ``head_kinds`` came from.
@@ -64,10 +65,10 @@ def restore_model(
         CheckpointError: A head is missing or does not fit the teachers or the features.
         KeyError: A tensor is missing.
     """
-    heads = {
-        purpose: _checked(purpose, restore_head(name, _own(tensors, purpose)), width, len(teachers))
-        for purpose, name in kinds.items()
-    }
+    heads = {}
+    for purpose, name in kinds.items():
+        n_columns = len(teachers) * (len(top_alphas) if purpose.endswith(".top") else 1)
+        heads[purpose] = _checked(purpose, restore_head(name, _own(tensors, purpose)), width, n_columns)
     missing = [name for name in ("chosen.quality", "raw.quality") if name not in heads]
     if missing:
         raise CheckpointError(f"there is no head for {missing[0]!r}")
@@ -95,6 +96,7 @@ def restore_model(
             int(k),
             float(threshold),
         ),
+        top_alphas=top_alphas,
         baselines=MappingProxyType(baselines),
         facts=MappingProxyType(dict(facts)),
     )
@@ -117,9 +119,8 @@ def _heads(model: RouterModel) -> Iterator[tuple[str, Head]]:
 
 
 def _part_heads(heads: Mapping[str, Head], group: str) -> PartHeads:
-    return PartHeads(
-        heads[f"{group}.quality"], heads.get(f"{group}.learnability"), heads.get(f"{group}.fixed")
-    )
+    others = {name: heads.get(f"{group}.{name}") for name in _PARTS if name != "quality"}
+    return PartHeads(heads[f"{group}.quality"], **others)
 
 
 def _own(tensors: Tensors, purpose: str) -> dict[str, NDArray[np.floating]]:
@@ -132,14 +133,14 @@ def _own(tensors: Tensors, purpose: str) -> dict[str, NDArray[np.floating]]:
     }
 
 
-def _checked(purpose: str, head: Head, width: int, n_teachers: int) -> Head:
-    """The head, after a look at whether it answers for these teachers."""
+def _checked(purpose: str, head: Head, width: int, n_columns: int) -> Head:
+    """The head, after a look at whether it answers for the teachers."""
     try:
         values_BM = head.predict(np.zeros((1, width), dtype=np.float32))
     except (IndexError, ValueError) as error:
         raise CheckpointError(f"head {purpose!r} does not take {width} features: {error}") from error
-    if values_BM.shape != (1, n_teachers):
-        raise CheckpointError(f"head {purpose!r} has {values_BM.shape[-1]} columns for {n_teachers} teachers")
+    if values_BM.shape != (1, n_columns):
+        raise CheckpointError(f"head {purpose!r} has {values_BM.shape[-1]} columns where {n_columns} belong")
     if not np.isfinite(values_BM).all():
         raise CheckpointError(f"head {purpose!r} holds NaN or infinity")
     return head

@@ -75,7 +75,11 @@ def fit_objective(
 
     if not spectra:
         return HeadFit(
-            _constant(solve(design.spectrum(), design.rows(None), math.inf, 1.0)), None, (), {"l2": None}
+            _constant(solve(design.spectrum(), design.rows(None), math.inf, 1.0)),
+            None,
+            None,
+            (),
+            {"l2": None},
         )
     choices = list(itertools.product(grid, temperatures))
     fits = [held_out(*choice) for choice in choices]
@@ -90,7 +94,7 @@ def fit_objective(
         **({"temperature": temperature} if name in TEMPERATURES else {}),
         "cv_regret": float(regret(out_of_fold_NM, rewards_NM, mask_NM).mean()),
     }
-    return HeadFit(head, out_of_fold_NM, tuple(fits[best][1]), facts)
+    return HeadFit(head, out_of_fold_NM, None, tuple(fits[best][1]), facts)
 
 
 def _without_own_choice(

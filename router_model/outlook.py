@@ -24,6 +24,10 @@ class AlphaCalibration:
     alpha: float
     helps: bool
     """Whether the predictions beat the best single teacher; if not, its means are the strengths."""
+    reward_weight: float
+    """Of the predicted reward's deviation from the teachers' means; 0 where it does not help."""
+    top_weight: float
+    """Of the prediction of which teacher is the best."""
     gain: float | None
     """Held-out reward above the best single teacher in hindsight; None without held-out prompts."""
     gain_se: float | None
@@ -34,17 +38,49 @@ class AlphaCalibration:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class TopDeviations:
+    """By how much more often than over all prompts a teacher is predicted to be the best of this prompt."""
+
+    alphas: tuple[float, ...]
+    """Ascending; A of them."""
+    values: FloatArray
+    """``...AM``, on the scale of the reward."""
+
+    def at(self, alpha: float) -> FloatArray:
+        """Linear between the alphas, ``...M``."""
+        above = int(np.searchsorted(self.alphas, alpha))
+        high = min(above, len(self.alphas) - 1)
+        low = max(min(above - 1, high), 0)
+        width = self.alphas[high] - self.alphas[low]
+        share = (alpha - self.alphas[low]) / width if width else 0.0
+        return np.asarray((1.0 - share) * self.values[..., low, :] + share * self.values[..., high, :])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Parts:
     """Predicted parts of the reward, normalised within the prompt as in training."""
 
     quality: FloatArray
     learnability: FloatArray | None
+    top: TopDeviations | None = None
+    """None where the heads predict rewards alone."""
 
     def mixed(self, alpha: float) -> FloatArray:
         """``(1 - alpha) * quality + alpha * learnability``: rewards mix as their parts do."""
         if self.learnability is None or alpha == 0.0:
             return self.quality
         return (1.0 - alpha) * self.quality + alpha * self.learnability
+
+    def leaning(self, alpha: float, means: FloatArray, calibration: AlphaCalibration) -> FloatArray:
+        """The teachers' mean rewards, moved by what is predicted of the prompt as far as it helps.
+
+        Args:
+            means: Mean rewards at this alpha; they broadcast against the parts.
+        """
+        moved = means + calibration.reward_weight * (self.mixed(alpha) - means)
+        if self.top is None:
+            return np.asarray(moved)
+        return np.asarray(moved + calibration.top_weight * self.top.at(alpha))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -120,17 +156,13 @@ class RouterOutput:
 
     def _outlook(self, alpha: float) -> Outlook:
         known = min(self.calibration, key=lambda item: (abs(item.alpha - alpha), item.alpha))
-        shape = self.quality_BM.shape
+        means_M, means_EM = self.mean_parts.mixed(alpha), self.member_means.mixed(alpha)
         if known.helps and self.fixed_BM is not None and self.member_fixed_EBM is not None:
-            raw_BM, members_EBM, expected_BM = self.fixed_BM, self.member_fixed_EBM, self.parts.mixed(alpha)
-        elif known.helps:
-            raw_BM, members_EBM = self.parts.mixed(alpha), self.member_parts.mixed(alpha)
-            expected_BM = raw_BM
+            raw_BM, members_EBM = self.fixed_BM, self.member_fixed_EBM
         else:
-            raw_BM = np.broadcast_to(self.mean_parts.mixed(alpha), shape)
-            means_EM = self.member_means.mixed(alpha)
-            members_EBM = np.broadcast_to(means_EM[:, None], (len(means_EM), *shape))
-            expected_BM = raw_BM
+            raw_BM = self.parts.leaning(alpha, means_M, known)
+            members_EBM = self.member_parts.leaning(alpha, means_EM[:, None], known)
+        expected_BM = self.parts.mixed(alpha) if known.helps else np.broadcast_to(means_M, raw_BM.shape)
         return Outlook(
             alpha=alpha,
             strengths_BM=_centred(raw_BM) * known.inverse_temperature,

@@ -1,13 +1,20 @@
 """Training on frozen features: quality and learnability apart, or the paper's one mixed reward."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from router_model.alpha_calibration import COVERAGE, calibrate, standard_error
+from router_model.alpha_calibration import (
+    COVERAGE,
+    Case,
+    calibrate,
+    calibrate_moves,
+    standard_error,
+    unjudged,
+)
 from router_model.design import Design, prepare, project
 from router_model.errors import RouterError, TableError
 from router_model.fitting import FITS, HeadFit, blend, fit_constant, fit_head, fit_ridges
@@ -18,7 +25,9 @@ from router_model.objective_fit import fit_objective
 from router_model.objectives import OBJECTIVES
 from router_model.outlook import ALPHAS, AlphaCalibration, Mode, Parts
 from router_model.reward import Normalization, mix_reward, regret
+from router_model.shrinkage import Moves
 from router_model.table import ScoreTable
+from router_model.top_fit import TopFit, join_tops, top_alphas, top_targets
 
 FloatArray = NDArray[np.float64]
 BoolArray = NDArray[np.bool_]
@@ -62,6 +71,8 @@ class _PartFits:
 
     quality: HeadFit
     learnability: HeadFit | None
+    top: TopFit | None = None
+    """Only ``auto`` asks also which teacher is the best."""
 
     def held_out(self, alpha: float) -> FloatArray | None:
         """Mixed reward predicted for held-out prompts."""
@@ -69,6 +80,16 @@ class _PartFits:
             return None
         learnability = None if self.learnability is None else self.learnability.out_of_fold_NM
         return Parts(self.quality.out_of_fold_NM, learnability).mixed(alpha)
+
+    def moves(self, alpha: float) -> Moves | None:
+        """From the teachers' means to what is predicted of held-out prompts."""
+        predicted_NM = self.held_out(alpha)
+        if predicted_NM is None or self.quality.means_NM is None:
+            return None
+        learnability = None if self.learnability is None else self.learnability.means_NM
+        means_NM = Parts(self.quality.means_NM, learnability).mixed(alpha)
+        top_NM = np.zeros_like(means_NM) if self.top is None else self.top.out_of_fold.at(alpha)
+        return Moves(means_NM, predicted_NM - means_NM, top_NM)
 
     def facts(self) -> dict[str, Any]:
         """Hyper-parameters of both."""
@@ -122,11 +143,15 @@ def fit_router(
         None if learnability_NM is None else learnability_NM[kept_N],
     )
     mode: Mode = "paper" if head_kind in OBJECTIVES else "parts"
-    ridges = _fit_ridges(data, table, kept_N)
+    tops = _top_targets(data, alpha) if head_kind == "auto" else {}
+    ridges = _fit_ridges(data, table, kept_N, tops)
     kind, fits, reasons = _choose(head_kind if mode == "parts" else "ridge", data, alpha, ridges)
+    if tops and kind != "constant":
+        by_alpha = {at: ridges[_top_name(at)] for at in tops}
+        fits = replace(fits, top=join_tops(design, by_alpha, tops, data.mask_NM))
     fixed = None
     if tuned is not None:
-        fixed = HeadFit(tuned.head, None, (), tuned.facts)
+        fixed = HeadFit(tuned.head, None, None, (), tuned.facts)
     elif mode == "paper":
         fixed = fit_objective(head_kind, design, data.mixed(alpha), data.mask_NM)
     constant = _PartFits(
@@ -134,7 +159,7 @@ def fit_router(
         None if data.learnability_NM is None else fit_constant(design, data.learnability_NM, data.mask_NM),
     )
     calibration = (
-        _calibrations(data, fits, fixed, constant, alpha, gated=head_kind == "auto")
+        _calibrations(data, fits, fixed, alpha, gated=head_kind == "auto")
         if tuned is None
         else (_tuned_calibration(tuned, features_ND, reward_NM, table.mask_NM, alpha),)
     )
@@ -148,6 +173,7 @@ def fit_router(
             fits.quality.head,
             None if fits.learnability is None else fits.learnability.head,
             None if fixed is None else fixed.head,
+            None if fits.top is None else fits.top.head,
         ),
         members=_members(fits, fixed),
         member_means=_member_means(constant, table.n_teachers),
@@ -156,6 +182,7 @@ def fit_router(
         calibration=calibration,
         coverage=COVERAGE,
         novelty=_novelty(design),
+        top_alphas=() if fits.top is None else fits.top.alphas,
         baselines=_baselines(data, alpha),
         facts={
             "requested": head_kind,
@@ -182,13 +209,28 @@ def _rewards(
     return reward_NM, quality_NM, mix_reward(*values, alpha=1.0, normalization=normalization)
 
 
-def _fit_ridges(data: _Data, table: ScoreTable, kept_N: BoolArray) -> dict[str, HeadFit]:
-    """Ridge heads of both parts of the reward and of the raw values that explain it."""
+def _top_targets(data: _Data, alpha: float) -> dict[float, FloatArray]:
+    """Which teacher is the best, by alpha; too few prompts cannot tell."""
+    if data.design.n_prompts < MIN_PROMPTS_FOR_AUTO:
+        return {}
+    alphas = top_alphas(alpha, any_alpha=data.learnability_NM is not None)
+    return {at: top_targets(data.mixed(at), data.mask_NM) for at in alphas}
+
+
+def _top_name(alpha: float) -> str:
+    return f"top at {alpha:g}"
+
+
+def _fit_ridges(
+    data: _Data, table: ScoreTable, kept_N: BoolArray, tops: Mapping[float, FloatArray]
+) -> dict[str, HeadFit]:
+    """Ridge heads of both parts of the reward, of the raw values that explain it, and of the best teacher."""
     targets = {
         "quality": data.quality_NM,
         "learnability": data.learnability_NM,
         "raw_quality": table.quality_NM[kept_N],
         "raw_learnability": None if table.learnability_NM is None else table.learnability_NM[kept_N],
+        **{_top_name(at): values_NM for at, values_NM in tops.items()},
     }
     known = {name: values_NM for name, values_NM in targets.items() if values_NM is not None}
     return fit_ridges(data.design, known, data.mask_NM)
@@ -242,21 +284,19 @@ def _blend_parts(ridge: _PartFits, knn: _PartFits) -> _PartFits | None:
 
 
 def _calibrations(
-    data: _Data, fits: _PartFits, fixed: HeadFit | None, constant: _PartFits, alpha: float, *, gated: bool
+    data: _Data, fits: _PartFits, fixed: HeadFit | None, alpha: float, *, gated: bool
 ) -> tuple[AlphaCalibration, ...]:
     """At the training alpha, and at the others where learnability is known and the head serves them."""
-    serves_all = fixed is None and data.learnability_NM is not None
-    return tuple(
-        calibrate(
-            at,
-            fits.held_out(at) if fixed is None else fixed.out_of_fold_NM,
-            constant.held_out(at),
-            data.mixed(at),
-            data.mask_NM,
-            always_helps=not gated,
-        )
-        for at in (sorted({*ALPHAS, alpha}) if serves_all else (alpha,))
-    )
+    if fixed is not None:
+        return (calibrate(alpha, fixed.out_of_fold_NM, data.mixed(alpha), data.mask_NM),)
+    alphas = (alpha,) if data.learnability_NM is None else tuple(sorted({*ALPHAS, alpha}))
+    if not gated:
+        return tuple(calibrate(at, fits.held_out(at), data.mixed(at), data.mask_NM) for at in alphas)
+    moves = {at: fits.moves(at) for at in alphas}
+    cases = {at: Case(own, data.mixed(at)) for at, own in moves.items() if own is not None}
+    if not cases:
+        return tuple(unjudged(at, follow=False) for at in alphas)
+    return calibrate_moves(cases, data.mask_NM, [fold.held_out for fold in data.design.folds])
 
 
 def _tuned_calibration(
@@ -268,7 +308,7 @@ def _tuned_calibration(
 ) -> AlphaCalibration:
     rows = tuned.held_out
     predicted_NM = tuned.head.predict(features_ND[rows])
-    return calibrate(alpha, predicted_NM, predicted_NM, reward_NM[rows], mask_NM[rows], always_helps=True)
+    return calibrate(alpha, predicted_NM, reward_NM[rows], mask_NM[rows])
 
 
 def _members(fits: _PartFits, fixed: HeadFit | None) -> tuple[PartHeads, ...]:
@@ -277,6 +317,7 @@ def _members(fits: _PartFits, fixed: HeadFit | None) -> tuple[PartHeads, ...]:
             member,
             None if fits.learnability is None else fits.learnability.members[index],
             None if fixed is None or not fixed.members else fixed.members[index],
+            None if fits.top is None else fits.top.members[index],
         )
         for index, member in enumerate(fits.quality.members)
     )

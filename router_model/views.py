@@ -16,7 +16,7 @@ Pooling = Literal["mean", "last"]
 # Shares of the depth. Encoders are read up to their last layer; decoders around two thirds, where the probes
 # in docs/experiments.md found most.
 _ENCODER_DEPTHS = (1.0, 0.83, 0.67, 0.5)
-_DECODER_DEPTHS = (0.6, 0.67, 0.73, 0.8)
+_DECODER_DEPTHS = (0.53, 0.6, 0.67, 0.73, 0.8, 0.87)
 
 _FORM = re.compile(r"(mean|last)@(\d{1,4})")
 

@@ -133,7 +133,7 @@ def forge(folder: Path, change: Callable[[dict[str, Any]], None], weights: bytes
     ("change", "expected"),
     [
         (lambda content: content.update(format_version=99), "format version 99"),
-        (lambda content: content["teachers"].pop(), "columns for 4 teachers"),
+        (lambda content: content["teachers"].pop(), "5 columns where 4 belong"),
         (lambda content: content.pop("training"), "damaged"),
         (lambda content: content.update(learnability="vibes"), "learnability is 'vibes'"),
         (lambda content: content["heads"].update({"chosen.quality": "oracle"}), "'oracle' is unknown"),
