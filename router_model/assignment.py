@@ -7,7 +7,7 @@ dual prices, λ of the budget and μ of the bounds, give prompt i to argmax_m s_
 
 Without the budget this is a transportation problem, whose vertices are whole (its matrix is totally
 unimodular). With it a vertex splits no more prompts between teachers than there are limits that bind. Those,
-and the prompts that are closest to a tie at the prices, are then assigned anew by an integer program. One
+and the prompts that are closest to a tie at the prices, are then assigned anew by branch and bound. One
 that fits always exists: the cheapest assignment of these prompts within the bounds is a vertex without a
 budget, hence whole, and costs no more than the split one.
 """
@@ -29,8 +29,9 @@ _WHOLE = 1.0 - 1e-6
 """From this share on a prompt counts as not split: HiGHS keeps to its rows by 1e-7."""
 _N_FREE = 30
 """Prompts, besides those that were split, that rounding may give to another teacher."""
-_ROUNDING_NODES = 2000
-"""Of the integer program's search: a limit in seconds would make plans depend on the machine's load."""
+_N_BRANCHES = 500
+"""Of the rounding: a limit in seconds would make plans depend on the machine's load."""
+_NO_GAIN = 1e-9
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -166,8 +167,12 @@ def _require_counts(teachers: Sequence[str], allowed_NM: NDArray[np.bool_], limi
         )
 
 
-def _linear_solution(pairs: _Pairs, worth_K: FloatArray, limits: Limits) -> Any:
+def _linear_solution(
+    pairs: _Pairs, worth_K: FloatArray, limits: Limits, open_K: NDArray[np.bool_] | None = None
+) -> Any:
     """scipy's result for the greatest sum of ``worth_K``, a vertex; None if nothing keeps to the limits.
+
+    Pairs that are not open get no share.
 
     The interior-point method with crossover: for 50,000 prompts and 19 teachers the dual simplex takes hours.
     """
@@ -186,6 +191,7 @@ def _linear_solution(pairs: _Pairs, worth_K: FloatArray, limits: Limits) -> Any:
         b_ub=np.concatenate(bounds),
         A_eq=_indicator(pairs.prompt_K, pairs.n_prompts),
         b_eq=np.ones(pairs.n_prompts),
+        bounds=(0, None) if open_K is None else np.column_stack([np.zeros(len(open_K)), open_K]),
         method="highs-ipm",
     )
     if found.status == 2:
@@ -254,38 +260,40 @@ def _whole_columns(
         # The solver's own tolerance must not leave the rounding without a solution.
         room_usd = max(left_usd, float(free.cost_usd_K @ share_K[is_free_K])) + 1e-9 * free.usd_unit
     left = Limits(limits.least_M - n_given_M, limits.most_M - n_given_M, room_usd)
-    columns_N[is_free_N] = _integer_columns(free, left)
+    columns_N[is_free_N] = _best_whole_columns(free, left)
     return columns_N, n_split
 
 
-def _integer_columns(pairs: _Pairs, limits: Limits) -> IntArray:
-    """The best whole assignment of a few prompts.
+def _best_whole_columns(pairs: _Pairs, limits: Limits) -> IntArray:
+    """The best whole assignment of a few prompts, by branch and bound over the linear program.
+
+    Not scipy's ``milp``: it prints to standard output, where ``--json`` puts its answer.
 
     Raises:
-        PipelineError: The solver gave up.
+        PipelineError: The solver found none.
     """
-    optimize = importlib.import_module("scipy.optimize")
-    constraints = [
-        optimize.LinearConstraint(_indicator(pairs.prompt_K, pairs.n_prompts), 1, 1),
-        optimize.LinearConstraint(
-            _indicator(pairs.column_K, pairs.n_teachers), limits.least_M, limits.most_M
-        ),
-    ]
-    if limits.budget_usd is not None:
-        cost_row = _row(pairs.cost_usd_K / pairs.usd_unit)
-        constraints.append(optimize.LinearConstraint(cost_row, ub=limits.budget_usd / pairs.usd_unit))
-    found = optimize.milp(
-        -pairs.value_K,
-        constraints=constraints,
-        integrality=np.ones(len(pairs.value_K)),
-        bounds=optimize.Bounds(0, 1),
-        options={"node_limit": _ROUNDING_NODES, "mip_rel_gap": 1e-6},
-    )
-    if found.x is None:
-        raise PipelineError(f"the solver could not round the split prompts: {found.message}")
+    cheapest = _linear_solution(pairs, -pairs.cost_usd_K, Limits(limits.least_M, limits.most_M))
+    if cheapest is None:
+        raise PipelineError("the solver could not round the prompts that it had split between teachers")
+    best_K, best_value = cheapest.x > 0.5, float(pairs.value_K @ (cheapest.x > 0.5))
+    branches = [np.ones(len(pairs.value_K), dtype=np.bool_)]
+    for _ in range(_N_BRANCHES):
+        if not branches:
+            break
+        open_K = branches.pop()
+        found = _linear_solution(pairs, pairs.value_K, limits, open_K)
+        if found is None or -found.fun <= best_value + _NO_GAIN:
+            continue
+        share_K = np.where(found.x < _WHOLE, found.x, 0.0)
+        if not (share_K > 1.0 - _WHOLE).any():
+            best_K, best_value = found.x > 0.5, float(pairs.value_K @ (found.x > 0.5))
+            continue
+        # The largest share first: the last branch is the next one taken.
+        split = int(share_K.argmax())
+        is_split = np.arange(len(share_K)) == split
+        branches += [open_K & ~is_split, open_K & (is_split | (pairs.prompt_K != pairs.prompt_K[split]))]
     columns_N = np.zeros(pairs.n_prompts, dtype=np.intp)
-    is_chosen_K = found.x > 0.5
-    columns_N[pairs.prompt_K[is_chosen_K]] = pairs.column_K[is_chosen_K]
+    columns_N[pairs.prompt_K[best_K]] = pairs.column_K[best_K]
     return columns_N
 
 

@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from clients.errors import PersynError
 from service.cli_project import check, init, schema
-from service.cli_routing import ServeCommand, route, serve, synthesize
+from service.cli_routing import ServeCommand, plan, route, serve, synthesize
 from service.cli_training import collect, evaluate, run_command, score, train
 from service.terminal import EXIT_FAILED, reason, stopped
 
@@ -48,6 +48,7 @@ app.command()(score)
 app.command()(train)
 app.command()(evaluate)
 app.command(name="run")(run_command)
+app.command()(plan)
 app.command()(synthesize)
 app.command()(route)
 app.command(cls=ServeCommand)(serve)

@@ -1,8 +1,8 @@
-"""Commands that use a trained router: ``synthesize``, ``route``, ``serve``."""
+"""Commands that use a trained router: ``plan``, ``synthesize``, ``route``, ``serve``."""
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -12,26 +12,88 @@ from typing_extensions import override
 from service.decision_text import by_share, decision_lines
 from service.options import (
     DEFAULT_CONFIG,
+    CheckpointOption,
     Choosing,
     ConfigOption,
     JsonOption,
     PromptsOption,
     StudentOption,
+    given_choosing,
     with_choosing,
 )
+from service.plan_text import plan_lines
 from service.progress import progress_for
 from service.terminal import EXIT_FAILED, EXIT_SOME_FAILED, command_line, show, stopped
+
+if TYPE_CHECKING:
+    from router_model.share_range import ShareRange
+
+
+@with_choosing
+def plan(
+    prompts: PromptsOption,
+    out: Annotated[Path, typer.Option("--out", help="Folder of the plan.")],
+    config: ConfigOption = DEFAULT_CONFIG,
+    checkpoint: CheckpointOption = None,
+    student: StudentOption = None,
+    budget_usd: Annotated[
+        float | None,
+        typer.Option("--budget-usd", min=0.0, max=1e12, help="Limit of the expected cost of all answers."),
+    ] = None,
+    share: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--share",
+            metavar="TEACHER=MIN..MAX",
+            help="Limits of a teacher's share, such as big=5%..20%, big=0.05.. or big=..20%; repeatable.",
+        ),
+    ] = None,
+    *,
+    choosing: Choosing,
+    as_json: JsonOption = False,
+) -> None:
+    """Choose the teachers of a whole corpus, under a budget and shares, for synthesize --plan.
+
+    No teacher is asked.
+    """
+    from router_model.pipeline.config import load_project
+    from router_model.pipeline.plan import PlanSettings, make_plan
+
+    settings = PlanSettings(choosing.options(), budget_usd, [_share(text) for text in share or ()])
+    with progress_for() as progress:
+        facts = make_plan(
+            load_project(config),
+            prompts,
+            out,
+            settings,
+            progress=progress,
+            student_id=student,
+            checkpoint=checkpoint,
+        )
+    show({**facts, "folder": str(out)}, as_json, [*plan_lines(facts), f"plan: {out}"])
+
+
+def _share(text: str) -> "ShareRange":
+    from router_model.errors import StrategyError
+    from router_model.share_range import parse_share
+
+    try:
+        return parse_share(text)
+    except StrategyError as error:
+        raise typer.BadParameter(error.message, param_hint="--share") from error
 
 
 @with_choosing
 def synthesize(
+    context: typer.Context,
     prompts: PromptsOption,
     out: Annotated[Path, typer.Option("--out", help="Folder of the data set.")],
     config: ConfigOption = DEFAULT_CONFIG,
-    checkpoint: Annotated[
-        Path | None, typer.Option("--checkpoint", help="That of the student if absent.")
-    ] = None,
+    checkpoint: CheckpointOption = None,
     student: StudentOption = None,
+    plan_folder: Annotated[
+        Path | None, typer.Option("--plan", help="Folder of a plan: teachers are taken from it.")
+    ] = None,
     *,
     choosing: Choosing,
     as_json: JsonOption = False,
@@ -45,7 +107,12 @@ def synthesize(
             load_project(config),
             prompts,
             out,
-            SynthesisSettings(choosing.options(), command=command_line()),
+            SynthesisSettings(
+                choosing.options(),
+                command=command_line(),
+                plan=plan_folder,
+                given=given_choosing(context),
+            ),
             progress=progress,
             student_id=student,
             checkpoint=checkpoint,

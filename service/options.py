@@ -18,6 +18,7 @@ ConfigOption = Annotated[Path, typer.Option("-c", "--config", help="The project 
 RunOption = Annotated[Path, typer.Option("--run", help="Folder of the run.")]
 PromptsOption = Annotated[Path, typer.Option("--prompts", help="JSONL, Parquet or OpenAI batch input.")]
 StudentOption = Annotated[str | None, typer.Option("--student", help="Student id; the first if absent.")]
+CheckpointOption = Annotated[Path | None, typer.Option("--checkpoint", help="That of the student if absent.")]
 SeedOption = Annotated[int, typer.Option("--seed", min=0, max=2**63 - 1)]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
@@ -106,3 +107,9 @@ def with_choosing(command: Callable[..., None]) -> Callable[..., None]:
     keyword_only = [parameter.replace(kind=parameter.KEYWORD_ONLY) for parameter in parameters]
     vars(wrapped)["__signature__"] = inspect.Signature(keyword_only)
     return wrapped
+
+
+def given_choosing(context: typer.Context) -> frozenset[str]:
+    """Names of the options of ``Choosing`` that the command line states, as opposed to defaults."""
+    sources = {field.name: context.get_parameter_source(field.name) for field in fields(Choosing)}
+    return frozenset(name for name, source in sources.items() if source and source.name == "COMMANDLINE")

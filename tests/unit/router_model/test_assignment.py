@@ -129,7 +129,7 @@ def test_a_large_corpus_is_split_in_few_places_and_loses_little() -> None:
     cost_usd = cost_usd_NM[np.arange(500), found.columns_N].sum()
     assert cost_usd <= 1.0 + 1e-9
     assert 0 < found.n_split <= 7
-    assert 0 <= found.upper_bound - found.value < 0.1
+    assert 0 <= found.upper_bound - found.value < 0.2
     assert found.usd_price > 0
     counts_M = np.bincount(found.columns_N, minlength=3)
     assert (counts_M >= 50).all()
