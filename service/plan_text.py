@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 _UNKNOWN = "unknown"
+_NO_GAP = 1e-6
+"""What the solver's tolerances leave between a plan and its bound."""
 
 
 def plan_lines(facts: Mapping[str, Any]) -> list[str]:
@@ -72,7 +74,8 @@ def _limit_lines(facts: Mapping[str, Any]) -> list[str]:
         elif price < 0:
             lines.append(f"{teacher} is at its least share: its last prompt costs {-price:.4g} of {unit}")
     gap = facts["value"]["gap"]
-    lines.append(f"no plan within the limits is better by more than {gap:.2g} of {unit} in all")
+    better = f" by more than {gap:.2g} of {unit} in all" if gap > _NO_GAP else ""
+    lines.append(f"no plan within the limits is better{better}")
     return lines
 
 

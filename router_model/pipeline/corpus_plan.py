@@ -94,8 +94,12 @@ def write_plan(
     facts: Mapping[str, Any],
     decisions: Sequence[RoutingDecision],
     cost_usd_N: Sequence[float | None],
-) -> None:
-    """Write both files; ``plan.json`` last, with the hash of the other, so that a torn plan is not taken."""
+) -> dict[str, Any]:
+    """Write both files; ``plan.json`` last, with the hash of the other, so that a torn plan is not taken.
+
+    Returns:
+        What ``plan.json`` says.
+    """
     rows = [
         {
             "prompt_id": decision.prompt_id,
@@ -107,7 +111,9 @@ def write_plan(
         for decision, cost_usd in zip(decisions, cost_usd_N, strict=True)
     ]
     write_jsonl(folder / ASSIGNMENTS_FILE, rows)
-    write_json(folder / PLAN_FILE, {**facts, "assignments_sha256": assignments_hash(decisions)})
+    written = {**facts, "assignments_sha256": assignments_hash(decisions)}
+    write_json(folder / PLAN_FILE, written)
+    return written
 
 
 def read_plan(folder: Path) -> CorpusPlan:

@@ -112,7 +112,7 @@ def make_plan(
     """Choose a teacher for each prompt and write the plan; no teacher is asked.
 
     Returns:
-        What ``plan.json`` says, less the hash of the assignments.
+        What ``plan.json`` says.
 
     Raises:
         TableError: The prompt file is malformed.
@@ -150,8 +150,7 @@ def make_plan(
             **_facts(router.manifest, prompts, decisions, costs, settings),
             **_limit_facts(router.manifest, settings, assignment),
         }
-        write_plan(folder, facts, decisions, costs)
-    return facts
+        return write_plan(folder, facts, decisions, costs)
 
 
 def _costs(

@@ -162,7 +162,7 @@ def test_other_strategies_are_planned_by_what_they_rank_by(
 
 
 def test_an_unknown_cost_is_the_highest_known_or_else_refused(tmp_path: Path) -> None:
-    """As for cost_weight: small without a price counts as 1 dollar and is named; no price at all is refused."""
+    """As for cost_weight: small without a price counts as 1 dollar, named; no price at all: refused."""
     settings = PlanSettings(RouteOptions(), budget_usd=4.0)
     facts = planned(tmp_path, settings, prices={"big": PRICES["big"]})
     assert facts["expected_cost_usd"] == pytest.approx(4.0)
@@ -176,7 +176,7 @@ def test_an_unknown_cost_is_the_highest_known_or_else_refused(tmp_path: Path) ->
 
 
 def test_what_cannot_be_planned_is_told(tmp_path: Path) -> None:
-    """Too small a budget with the least cost, a share of a stranger, options that draw or price themselves."""
+    """Too small a budget with the least cost, a share of a stranger, options that draw or price."""
     with pytest.raises(InfeasiblePlanError, match=r"expected to cost \$0\.400000"):
         planned(tmp_path, PlanSettings(RouteOptions(), budget_usd=0.3))
     with pytest.raises(
