@@ -174,7 +174,8 @@ def _linear_solution(
 
     Pairs that are not open get no share.
 
-    The interior-point method with crossover: for 50,000 prompts and 19 teachers the dual simplex takes hours.
+    The interior-point method with crossover: for 10,000 prompts and 19 teachers it takes 3 s, and the dual
+    simplex 78 s.
     """
     # Imported here: planning is offline work, and the serving image has no scipy.
     optimize = importlib.import_module("scipy.optimize")
