@@ -7,7 +7,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from clients.types import Price
+from router_model.errors import StrategyError
 from router_model.model import TeacherSummary
+from router_model.strategies import refusal
 
 FloatArray = NDArray[np.float64]
 
@@ -32,6 +34,21 @@ def expected_cost_usd(
     known_M = np.array([_known_cost_usd(teacher, prices, n_input_tokens) for teacher in teachers])
     highest = max((cost for cost in known_M.tolist() if not math.isnan(cost)), default=0.0)
     return np.where(np.isnan(known_M), highest if highest > 0 else np.nan, known_M)
+
+
+def teachers_of_unknown_cost(teachers: Sequence[TeacherSummary], prices: Mapping[str, Price]) -> list[str]:
+    """Ids of the teachers for whose cost the highest known one stands."""
+    return [teacher.id for teacher in teachers if math.isnan(_known_cost_usd(teacher, prices, 1))]
+
+
+def unknown_cost(name: str, teacher_ids: Sequence[str]) -> StrategyError:
+    """Why the option ``name``, which needs costs, cannot be served: those of these teachers are not known."""
+    return refusal(
+        name,
+        f"{name} cannot be served: the cost of an answer of {', '.join(teacher_ids)} is not known, and no "
+        "known cost is above 0 to stand for it; give every teacher a price, and train on a score table with "
+        "n_tokens",
+    )
 
 
 def _known_cost_usd(teacher: TeacherSummary, prices: Mapping[str, Price], n_input_tokens: int) -> float:

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from clients.errors import UnknownTeacherError
 from clients.types import RoutingDecision
-from router_model.answer_cost import expected_cost_usd
+from router_model.answer_cost import expected_cost_usd, unknown_cost
 from router_model.checkpoint import Manifest
 from router_model.errors import StrategyError
 from router_model.outlook import Outlook, RouterOutput
@@ -100,12 +100,7 @@ def _cost_usd(
     cost_usd = expected_cost_usd(manifest.teachers, options.prices, n_input_tokens)[columns]
     unknown = [manifest.teachers[column].id for column in columns[np.isnan(cost_usd)]]
     if unknown:
-        raise refusal(
-            "cost_weight",
-            f"cost_weight cannot be served: the cost of an answer of {', '.join(unknown)} is not known, and "
-            "no known cost is above 0 to stand for it; give every teacher a price, and train on a score "
-            "table with n_tokens",
-        )
+        raise unknown_cost("cost_weight", unknown)
     return cost_usd
 
 

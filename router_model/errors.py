@@ -31,6 +31,10 @@ class PipelineError(RouterError):
     """A stage of a run cannot go on; what it has finished is kept on disk."""
 
 
+class InfeasiblePlanError(PipelineError):
+    """A budget or shares that no plan for the corpus can keep to."""
+
+
 class TableError(RouterError):
     """A score table or a prompt file is malformed.
 

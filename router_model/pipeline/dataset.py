@@ -81,6 +81,8 @@ class Origin:
     seed: int
     temperature: float
     rebuild_command: str
+    plan: Mapping[str, Any] | None = None
+    """Of the plan by which teachers were taken, if there was one: its limits and what was expected."""
 
 
 def write_dataset(
@@ -178,6 +180,7 @@ def _manifest(
         "seed": origin.seed,
         "temperature": origin.temperature,
         "checkpoint_id": origin.checkpoint_id,
+        "plan": origin.plan,
         "teachers": [
             {
                 "id": spec.id,
@@ -219,6 +222,7 @@ def _card(
         f"{summary.n_rows} answers, each written by the teacher that the strategy `{origin.strategy}` chose "
         f"for its prompt (router checkpoint `{origin.checkpoint_id}`, seed {origin.seed}, temperature "
         f"{origin.temperature:g}). {summary.n_failures} prompts have no whole answer: `failures.jsonl`.",
+        *_plan_lines(origin),
         "",
         "| teacher | model | share | rows | completion tokens | cost, USD | licence | may train a model |",
         "|---|---|--:|--:|--:|--:|---|---|",
@@ -237,6 +241,20 @@ def _card(
         sample = {name: rows[0][name] for name in ("id", "teacher", "messages")}
         body += ["", "One row:", "", "```json", json.dumps(sample, indent=2, ensure_ascii=False), "```"]
     return "\n".join([*head, "", *body, ""])
+
+
+def _plan_lines(origin: Origin) -> list[str]:
+    if origin.plan is None:
+        return []
+    limits = [
+        f"`{teacher}` {least:.4g} to {most:.4g}" for teacher, (least, most) in origin.plan["shares"].items()
+    ]
+    limits = [f"shares of the prompts: {', '.join(limits)}"] if limits else []
+    if origin.plan["budget_usd"] is not None:
+        limits.insert(0, f"a budget of ${origin.plan['budget_usd']:g}")
+    cost_usd = origin.plan["expected_cost_usd"]
+    text = f"A plan for all prompts together gave each its teacher ({'; '.join(limits) or 'without limits'})"
+    return ["", f"{text}." if cost_usd is None else f"{text}, at an expected cost of ${cost_usd:.4f}."]
 
 
 def _teacher_line(spec: TeacherSpec, rows: Sequence[Mapping[str, Any]], summary: DataSetSummary) -> str:

@@ -1,19 +1,25 @@
 """Stage ``synthesize``: route every prompt, let its teacher answer, write the data set."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from clients.canonical import content_hash
 from clients.types import Assignment, Prompt, RoutingDecision, TeacherSpec
-from router_model.errors import CheckpointError, PipelineError
+from router_model.checkpoint import Manifest, read_checkpoint
+from router_model.errors import PipelineError
 from router_model.inference import Router
 from router_model.pipeline.artifacts import locked_folder, read_json, write_json
-from router_model.pipeline.config import ProjectFile
+from router_model.pipeline.config import ProjectFile, StudentSection
+from router_model.pipeline.corpus_plan import PLAN_FILE, CorpusPlan, assignments_hash, read_plan
 from router_model.pipeline.dataset import Answer, DataSetSummary, Origin, write_dataset
-from router_model.pipeline.decisions import decide_all, known_prices
+from router_model.pipeline.decisions import (
+    decide_all,
+    known_prices,
+    require_known_teachers,
+    way_of_choosing,
+)
 from router_model.pipeline.generation import Failure, answers_by_key, generate, request_key
 from router_model.pipeline.progress import Progress
 from router_model.pipeline.prompts import read_prompts
@@ -30,10 +36,23 @@ class SynthesisSettings:
     Args:
         options: Without prices, which the project file states.
         command: The command line that writes the data set again.
+        plan: Folder of a plan, by which teachers are taken in place of choosing them.
+        given: Names of the options that were asked for: beside a plan the others follow it.
     """
 
     options: RouteOptions
     command: str = "persyn synthesize"
+    plan: Path | None = None
+    given: Collection[str] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class _Chosen:
+    """The teachers of the prompts, in their order."""
+
+    identity: Mapping[str, Any]
+    """How they were chosen: a folder holds the answers of one way of choosing."""
+    decisions: Sequence[RoutingDecision]
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +85,7 @@ def synthesize_dataset(
     student_id: str | None = None,
     checkpoint: Path | None = None,
 ) -> SynthesisResult:
-    """Write a data set: each prompt answered by the one teacher that the strategy chooses for it.
+    """Write a data set: each prompt answered by the one teacher that the strategy, or the plan, chose for it.
 
     Calling it again with the same folder asks only for what is missing.
 
@@ -74,20 +93,24 @@ def synthesize_dataset(
         TableError: The prompt file is malformed; nothing has been asked.
         CheckpointError: The router is missing, or chooses teachers that the project file does not name.
         StrategyError: The router cannot serve the strategy or alpha; nothing has been asked.
-        PipelineError: The folder was begun with another router or another way of choosing, or the disk is
-            full.
+        PipelineError: The folder was begun with another router or another way of choosing, the plan was made
+            for other prompts, another checkpoint or other options, or the disk is full.
     """
-    student = project.student(student_id)
     specs = project.teacher_specs()
     prompts = read_prompts(prompts_path)
     with locked_folder(folder):
-        folder_of_router = checkpoint or Path(student.checkpoint)
-        router = Router.load(folder_of_router, moved_to=project.router.backbone)
-        require_known_teachers(router, specs)
-        options = replace(settings.options, prices=known_prices(specs))
-        decisions = decide_all(router, prompts, options)
-        origin = _origin(router, student.id, settings)
-        _write_plan(folder, origin, _way_of_choosing(router, options), decisions)
+        if settings.plan is None:
+            student = project.student(student_id)
+            chosen = _by_router(project, student, checkpoint, prompts, settings.options)
+        else:
+            plan = _fitting_plan(settings.plan, folder, prompts, prompts_path)
+            student = project.student(plan.facts["student"] if student_id is None else student_id)
+            _, manifest = read_checkpoint(checkpoint or Path(student.checkpoint))
+            require_known_teachers(manifest, specs)
+            chosen = _by_plan(plan, student.id, manifest, prompts, settings)
+        decisions = chosen.decisions
+        origin = _origin(chosen.identity, settings)
+        _write_plan(folder, chosen)
         assignments = [
             _assignment(prompt, decision, origin) for prompt, decision in zip(prompts, decisions, strict=True)
         ]
@@ -99,61 +122,88 @@ def synthesize_dataset(
     return SynthesisResult(summary, result.n_generated, result.n_reused, folder, result.interrupted)
 
 
-def require_known_teachers(router: Router, specs: Sequence[TeacherSpec]) -> None:
-    """Raise ``CheckpointError`` if the router chooses among teachers that the project does not name."""
-    unknown = router.manifest.teachers_beyond({spec.id for spec in specs})
-    if unknown:
-        raise CheckpointError(
-            f"the router was trained with teachers that the project file does not name: {', '.join(unknown)}"
-        )
+def _by_router(
+    project: ProjectFile,
+    student: StudentSection,
+    checkpoint: Path | None,
+    prompts: Sequence[Prompt],
+    options: RouteOptions,
+) -> _Chosen:
+    router = Router.load(checkpoint or Path(student.checkpoint), moved_to=project.router.backbone)
+    specs = project.teacher_specs(with_keys=False)
+    require_known_teachers(router.manifest, specs)
+    options = replace(options, prices=known_prices(specs))
+    identity = {
+        "student": student.id,
+        "checkpoint_id": router.manifest.checkpoint_id,
+        **way_of_choosing(router.manifest, options),
+        "plan": None,
+    }
+    return _Chosen(identity, decide_all(router, prompts, options))
 
 
-def _origin(router: Router, student_id: str, settings: SynthesisSettings) -> Origin:
+def _fitting_plan(
+    folder_of_plan: Path, folder: Path, prompts: Sequence[Prompt], prompts_path: Path
+) -> CorpusPlan:
+    if folder_of_plan.resolve() == folder.resolve():
+        raise PipelineError(f"{folder}: is the folder of the plan; write the data set to another --out")
+    plan = read_plan(folder_of_plan)
+    plan.require_prompts(prompts, prompts_path)
+    return plan
+
+
+def _by_plan(
+    plan: CorpusPlan,
+    student_id: str,
+    manifest: Manifest,
+    prompts: Sequence[Prompt],
+    settings: SynthesisSettings,
+) -> _Chosen:
+    """The teachers of the plan. Of the router only its manifest is needed: it must be the plan's."""
+    asked = {
+        "student": student_id,
+        "checkpoint_id": manifest.checkpoint_id,
+        **way_of_choosing(manifest, settings.options),
+    }
+    recorded = {"teachers": "allowed_teachers", "exclude": "excluded_teachers"}
+    given = [recorded.get(name, name) for name in settings.given]
+    plan.require_choice(asked, ["student", "checkpoint_id", *given])
+    identity = {**plan.identity, "plan": plan.summary}
+    return _Chosen(identity, [plan.decisions[prompt.id] for prompt in prompts])
+
+
+def _origin(identity: Mapping[str, Any], settings: SynthesisSettings) -> Origin:
     return Origin(
-        student=student_id,
-        strategy=settings.options.strategy,
-        checkpoint_id=router.manifest.checkpoint_id,
-        seed=settings.options.seed,
-        temperature=settings.options.temperature,
+        student=identity["student"],
+        strategy=identity["strategy"],
+        checkpoint_id=identity["checkpoint_id"],
+        seed=identity["seed"],
+        temperature=identity["temperature"],
         rebuild_command=settings.command,
+        plan=identity["plan"],
     )
 
 
-def _way_of_choosing(router: Router, options: RouteOptions) -> dict[str, Any]:
-    """The options as JSON. Prices are among them only where cost counts: else they may change."""
-    chosen = {
-        name: value for name, value in asdict(options).items() if options.cost_weight or name != "prices"
-    }
-    chosen["alpha"] = router.manifest.alpha if options.alpha is None else options.alpha
-    allowed, excluded = chosen.pop("teachers"), chosen.pop("exclude")
-    chosen["allowed_teachers"] = None if allowed is None else sorted(allowed)
-    chosen["excluded_teachers"] = sorted(excluded)
-    return chosen
-
-
-def _write_plan(
-    folder: Path, origin: Origin, choosing: Mapping[str, Any], decisions: Sequence[RoutingDecision]
-) -> None:
+def _write_plan(folder: Path, chosen: _Chosen) -> None:
     """Record how teachers were chosen. A folder holds the answers of one way of choosing."""
-    identity = {"student": origin.student, "checkpoint_id": origin.checkpoint_id, **choosing}
-    path = folder / "plan.json"
+    path = folder / PLAN_FILE
     earlier = read_json(path) if path.exists() else {}
-    for name, value in identity.items():
+    for name, value in chosen.identity.items():
         if earlier and earlier.get(name) != value:
             raise PipelineError(
                 f"{folder}: was begun with {name} {earlier.get(name)!r}, not {value!r}; "
                 "write to another --out, or remove the folder"
             )
-    counts = Counter(decision.teacher for decision in decisions)
+    counts = Counter(decision.teacher for decision in chosen.decisions)
     write_json(
         path,
         {
-            **identity,
-            "n_prompts": len(decisions),
+            **chosen.identity,
+            "n_prompts": len(chosen.decisions),
             "teachers": dict(counts.most_common()),
-            "n_uncertain": sum(decision.uncertain for decision in decisions),
-            "n_out_of_distribution": sum(decision.out_of_distribution for decision in decisions),
-            "assignments_sha256": content_hash([[d.prompt_id, d.teacher] for d in decisions]),
+            "n_uncertain": sum(decision.uncertain for decision in chosen.decisions),
+            "n_out_of_distribution": sum(decision.out_of_distribution for decision in chosen.decisions),
+            "assignments_sha256": assignments_hash(chosen.decisions),
         },
     )
 

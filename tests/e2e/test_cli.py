@@ -279,13 +279,24 @@ def test_help_of_serve_lists_the_settings(tmp_path: Path) -> None:
 )
 def test_numbers_out_of_range_are_wrong_usage(tmp_path: Path, options: tuple[str, str]) -> None:
     """A seed beyond 63 bits, a temperature above 100 or nan: exit code 2, naming the option."""
-    commands: list[tuple[str, ...]] = [("synthesize", "--prompts", "p", "--out", "o"), ("route", "x")]
+    files = ("--prompts", "p", "--out", "o")
+    commands: list[tuple[str, ...]] = [("synthesize", *files), ("plan", *files), ("route", "x")]
     if options[0] == "--seed":
         commands.append(("train", "--scores", "s", "--backbone", "b", "--out", "o"))
     for command in commands:
         done = persyn(tmp_path, *command, *options)
         assert done.returncode == 2
         assert options[0] in done.stderr
+
+
+@pytest.mark.parametrize(
+    "options", [("--budget-usd", "-1"), ("--budget-usd", "nan"), ("--share", "b"), ("--share", "b=20%")]
+)
+def test_limits_that_say_nothing_are_wrong_usage(tmp_path: Path, options: tuple[str, str]) -> None:
+    """A negative budget, a share without two ends: exit code 2, naming the option."""
+    done = persyn(tmp_path, "plan", "--prompts", "p", "--out", "o", *options)
+    assert done.returncode == 2
+    assert options[0] in done.stderr
 
 
 def test_a_router_of_another_measure_is_trained_and_judged_by_it(folder: Path, minilm_path: Path) -> None:

@@ -136,6 +136,39 @@ def test_synthesize_and_route_obey_the_options_of_choice(project: tuple[Path, Fa
     assert "'hats'" in persyn(folder, "route", prompt, "--teacher", "hats", code=1)["detail"]
 
 
+def test_a_plan_under_a_budget_and_shares_is_synthesized(project: tuple[Path, FakeTeacher]) -> None:
+    """The dear teacher gets what the budget pays for; ``synthesize --plan`` asks as planned and refuses other
+    options; a budget that cannot be kept to says the least cost."""
+    folder, teacher = project
+    content = yaml.safe_load((folder / "persyn.yaml").read_text())
+    for section, usd in zip(content["teachers"], (1000, 10), strict=True):
+        section["price"] = {"output_usd_per_mtok": usd}
+    (folder / "priced.yaml").write_text(yaml.safe_dump(content))
+    rows = [{"id": f"w{n}", "prompt": f"Name three {topic} as bullets."} for n, topic in enumerate(TOPICS)]
+    (folder / "wanted.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    plan = ("plan", "-c", "priced.yaml", "--prompts", "wanted.jsonl", "--out", "a plan")
+    free = persyn(folder, *plan)
+    assert free["teachers"] == {"lists": 10}
+    half = persyn(folder, *plan, "--budget-usd", str(free["expected_cost_usd"] * 0.6))
+    assert half["teachers"]["lists"] == 5
+    assert half["shadow_prices"]["usd"] > 0
+    planned = persyn(folder, *plan, "--share", "lists=..30%", "--share", "shouts=0.1..")
+    assert planned["teachers"] == {"shouts": 7, "lists": 3}
+    told = persyn(folder, *plan, "--budget-usd", "0", code=1)
+    assert told["error"] == "InfeasiblePlanError"
+    assert "the cheapest plan within the shares is expected to cost $0.0" in told["detail"]
+    assert "'hats'" in persyn(folder, *plan, "--share", "hats=1%..", code=1)["detail"]
+
+    synthesize = ("synthesize", "-c", "priced.yaml", "--prompts", "wanted.jsonl", "--out", "planned set")
+    n_calls = len(teacher.requests)
+    assert persyn(folder, *synthesize, "--plan", "a plan")["shares"] == {"shouts": 0.7, "lists": 0.3}
+    assert persyn(folder, *synthesize, "--plan", "a plan", "--strategy", "persyn")["n_generated"] == 0
+    assert len(teacher.requests) == n_calls + 10
+    refused = persyn(folder, *synthesize, "--plan", "a plan", "--strategy", "strong", code=1)
+    assert "was made with strategy 'persyn', not 'strong'" in refused["detail"]
+    assert "was begun with plan" in persyn(folder, *synthesize, code=1)["detail"]
+
+
 def test_check_finds_nothing_wrong_and_then_a_tampered_checkpoint(project: tuple[Path, FakeTeacher]) -> None:
     """``persyn check`` passes; with one byte of the head changed it fails and names the file."""
     folder, _ = project
