@@ -19,6 +19,7 @@ from router_model.objectives import OBJECTIVES
 from router_model.outlook import ALPHAS, AlphaCalibration, Mode, Parts
 from router_model.reward import Normalization, mix_reward, regret
 from router_model.table import ScoreTable
+from router_model.unseen import FOLDS_FACT, fold_of_prompt
 
 FloatArray = NDArray[np.float64]
 BoolArray = NDArray[np.bool_]
@@ -165,6 +166,7 @@ def fit_router(
             **reasons,
             **fits.facts(),
             **({"strength": dict(fixed.facts)} if fixed is not None else {}),
+            FOLDS_FACT: fold_of_prompt(design, kept_N),
             "label_curve": label_curve(design, data.quality_NM, data.learnability_NM, data.mask_NM, alpha),
         },
     )

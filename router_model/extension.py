@@ -1,0 +1,222 @@
+"""A router with more teachers: their columns from a few probe prompts, nothing else trained again."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from router_model.column_fit import Column, Probes, fit_column
+from router_model.head_columns import with_column, without_gaps
+from router_model.heads import FeatureArray, Head
+from router_model.model import PartHeads, RouterModel, TeacherSummary
+from router_model.outlook import Parts
+from router_model.probe_answers import ProbeAnswers, Values, probe_answers, require_extendable
+from router_model.table import ScoreTable
+from router_model.unseen import NO_MEMBER, predict_unseen
+
+FloatArray = NDArray[np.float64]
+IndexArray = NDArray[np.int64]
+
+EXTENSIONS_FACT = "extensions"
+"""Among a model's facts: the teachers that were added, from how many probes, and how."""
+_REWARD_BASELINES = ("knn",)
+"""Rivals that predict the reward. The paper's strengths have a scale of their own, so they are left out."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Fit:
+    """A new teacher's column of one target, and the same without each fold of the probes."""
+
+    whole: Column
+    members: tuple[Column, ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _NewTeacher:
+    """Everything that is learnt of a new teacher."""
+
+    answers: ProbeAnswers
+    quality: _Fit
+    learnability: _Fit | None
+    raw_quality: _Fit
+    raw_learnability: _Fit | None
+    baselines: Mapping[str, Column]
+
+
+def extend_model(
+    model: RouterModel,
+    features_ND: FeatureArray,
+    table: ScoreTable,
+    teachers: Sequence[str],
+    *,
+    member_N: IndexArray | None = None,
+) -> RouterModel:
+    """Add teachers to a router. The heads' columns of the known teachers keep every bit.
+
+    Each new teacher gets a column in every head by ``column_fit``, on the scale that the known teachers span
+    (``known_scale``); and in each member of the ensemble the same without a part of the probes, so that the
+    doubt about a decision knows how few they were. Where the probes tell nothing the column is a constant.
+    Calibration is kept: temperature and conformal width are those of the known teachers.
+
+    Args:
+        features_ND: The backbone's features of ``table.prompts``.
+        table: Answers of the new teachers and of known ones to the same prompts. Others are ignored.
+        teachers: Ids of the new ones, in the order of their columns.
+        member_N: Member that has not seen each prompt, as ``unseen.unseen_by`` gives it; none if None.
+
+    Raises:
+        RouterError: The router has one head on the mixed reward, or knows a teacher already.
+        TableError: A teacher is absent or has too few probes, known ones are, or learnability is missing.
+    """
+    require_extendable(model, table, teachers)
+    if member_N is None:
+        member_N = np.full(table.n_prompts, NO_MEMBER, dtype=np.int64)
+    probes = [probe_answers(model, table, teacher) for teacher in teachers]
+    # All are fitted beside the known teachers, so the order in which they are named does not matter.
+    fitted = [
+        _fit_teacher(model, features_ND[answers.rows_K], answers, member_N[answers.rows_K])
+        for answers in probes
+    ]
+    extended = model
+    for new in fitted:
+        extended = _with_teacher(extended, new, table)
+    return extended
+
+
+def _fit_teacher(
+    model: RouterModel, features_KD: FeatureArray, answers: ProbeAnswers, member_K: IndexArray
+) -> _NewTeacher:
+    """The new teacher's column in every head."""
+
+    def fit(head: Head, values: Values, mean: str, members: Sequence[Head | None] = ()) -> _Fit:
+        """By predictions for the known teachers, whose summaries call their means ``mean``."""
+        known = [without_gaps(member) for member in members if member is not None]
+        predicted_KM = predict_unseen(without_gaps(head), known, features_KD, member_K)
+        center_M = np.array([getattr(teacher, mean) for teacher in model.teachers], dtype=np.float64)
+        return _fit_folds(_probes(predicted_KM, values, center_M), len(known))
+
+    chosen, members = model.chosen, model.members
+    quality, learnability = answers.quality.scaled(model.normalization), None
+    fit_of_learnability = raw_learnability = None
+    if (
+        answers.learnability is not None
+        and chosen.learnability is not None
+        and model.learnability is not None
+    ):
+        learnability = answers.learnability.scaled(model.normalization)
+        own = [member.learnability for member in members]
+        fit_of_learnability = fit(chosen.learnability, learnability, "mean_learnability_part", own)
+        raw_learnability = fit(model.learnability, answers.learnability, "mean_learnability")
+    reward = quality.mixed(learnability, model.alpha)
+    return _NewTeacher(
+        answers,
+        fit(chosen.quality, quality, "mean_quality_part", [member.quality for member in members]),
+        fit_of_learnability,
+        fit(model.quality, answers.quality, "mean_quality"),
+        raw_learnability,
+        {
+            name: fit(head, reward, "mean_reward").whole
+            for name, head in model.baselines.items()
+            if name in _REWARD_BASELINES
+        },
+    )
+
+
+def _probes(predicted_KM: FloatArray, values: Values, center_M: FloatArray) -> Probes:
+    return Probes(predicted_KM, np.nanmean(values.known_KM - predicted_KM, axis=1), values.new_K, center_M)
+
+
+def _fit_folds(probes: Probes, n_folds: int) -> _Fit:
+    """With all probes, and with each fold left out, at the same L2."""
+    whole, n_probes = fit_column(probes), len(probes.target_K)
+    order = np.random.default_rng(0).permutation(n_probes)
+    members = [
+        fit_column(probes.rows(np.setdiff1d(order, left_out)), whole.l2)
+        for left_out in np.array_split(order, n_folds or 1)[:n_folds]
+    ]
+    return _Fit(whole, tuple(members))
+
+
+def _with_teacher(model: RouterModel, new: _NewTeacher, table: ScoreTable) -> RouterModel:
+    """The router with one column more."""
+    learnability = new.learnability
+    return replace(
+        model,
+        teachers=(*model.teachers, _summary(new, table, model.alpha)),
+        chosen=_with_columns(
+            model.chosen, new.quality.whole, None if learnability is None else learnability.whole
+        ),
+        members=tuple(
+            _with_columns(
+                member,
+                new.quality.members[index],
+                None if learnability is None else learnability.members[index],
+            )
+            for index, member in enumerate(model.members)
+        ),
+        member_means=Parts(
+            _with_means(model.member_means.quality, new.quality),
+            None
+            if model.member_means.learnability is None or learnability is None
+            else _with_means(model.member_means.learnability, learnability),
+        ),
+        quality=_with(model.quality, new.raw_quality.whole),
+        learnability=None
+        if model.learnability is None or new.raw_learnability is None
+        else _with(model.learnability, new.raw_learnability.whole),
+        baselines={name: _with(model.baselines[name], column) for name, column in new.baselines.items()},
+        facts={
+            **model.facts,
+            EXTENSIONS_FACT: [*model.facts.get(EXTENSIONS_FACT, ()), _facts(new)],
+        },
+    )
+
+
+def _with_columns(heads: PartHeads, quality: Column, learnability: Column | None) -> PartHeads:
+    return PartHeads(
+        _with(heads.quality, quality),
+        None
+        if heads.learnability is None or learnability is None
+        else _with(heads.learnability, learnability),
+    )
+
+
+def _with(head: Head, column: Column) -> Head:
+    return with_column(head, column.weight_M, column.bias)
+
+
+def _with_means(means_EM: FloatArray, fit: _Fit) -> FloatArray:
+    new_E1 = np.array([column.mean for column in fit.members]).reshape(-1, 1)
+    return np.hstack([means_EM, new_E1])
+
+
+def _summary(new: _NewTeacher, table: ScoreTable, alpha: float) -> TeacherSummary:
+    """The new teacher's means over the training prompts, as far as its probes tell."""
+    quality, learnability = new.quality.whole.mean, None
+    if new.learnability is not None:
+        learnability = new.learnability.whole.mean
+    return TeacherSummary(
+        id=new.answers.teacher,
+        family=table.families.get(new.answers.teacher),
+        size_b=table.sizes_b.get(new.answers.teacher),
+        mean_quality=new.raw_quality.whole.mean,
+        mean_learnability=None if new.raw_learnability is None else new.raw_learnability.whole.mean,
+        mean_reward=quality if learnability is None else (1.0 - alpha) * quality + alpha * learnability,
+        mean_quality_part=quality,
+        mean_learnability_part=learnability,
+        mean_n_tokens=new.answers.mean_n_tokens,
+    )
+
+
+def _facts(new: _NewTeacher) -> dict[str, Any]:
+    """For the manifest. An ``l2`` of null means a constant column."""
+    parts = {"quality": new.quality, "learnability": new.learnability}
+    l2 = {name: fit.whole.l2 for name, fit in parts.items() if fit is not None}
+    return {
+        "teacher": new.answers.teacher,
+        "n_probes": len(new.answers.rows_K),
+        "l2": {name: None if math.isinf(value) else value for name, value in l2.items()},
+    }
