@@ -15,7 +15,7 @@ from router_model.model import PartHeads, RouterModel, TeacherSummary
 from router_model.outlook import Parts
 from router_model.probe_answers import ProbeAnswers, Values, probe_answers, require_extendable
 from router_model.table import ScoreTable
-from router_model.unseen import NO_MEMBER, predict_unseen
+from router_model.unseen import Unseen, nobody, predict_unseen
 
 FloatArray = NDArray[np.float64]
 IndexArray = NDArray[np.int64]
@@ -52,7 +52,7 @@ def extend_model(
     table: ScoreTable,
     teachers: Sequence[str],
     *,
-    member_N: IndexArray | None = None,
+    unseen: Unseen | None = None,
 ) -> RouterModel:
     """Add teachers to a router. The heads' columns of the known teachers keep every bit.
 
@@ -65,19 +65,18 @@ def extend_model(
         features_ND: The backbone's features of ``table.prompts``.
         table: Answers of the new teachers and of known ones to the same prompts. Others are ignored.
         teachers: Ids of the new ones, in the order of their columns.
-        member_N: Member that has not seen each prompt, as ``unseen.unseen_by`` gives it; none if None.
+        unseen: Members that have not seen the prompts; None where nothing is known of that.
 
     Raises:
         RouterError: The router has one head on the mixed reward, or knows a teacher already.
         TableError: A teacher is absent or has too few probes, known ones are, or learnability is missing.
     """
     require_extendable(model, table, teachers)
-    if member_N is None:
-        member_N = np.full(table.n_prompts, NO_MEMBER, dtype=np.int64)
+    unseen = unseen or nobody(table.n_prompts)
     probes = [probe_answers(model, table, teacher) for teacher in teachers]
     # All are fitted beside the known teachers, so the order in which they are named does not matter.
     fitted = [
-        _fit_teacher(model, features_ND[answers.rows_K], answers, member_N[answers.rows_K])
+        _fit_teacher(model, features_ND[answers.rows_K], answers, unseen.rows(answers.rows_K))
         for answers in probes
     ]
     extended = model
@@ -87,11 +86,17 @@ def extend_model(
 
 
 def _fit_teacher(
-    model: RouterModel, features_KD: FeatureArray, answers: ProbeAnswers, member_K: IndexArray
+    model: RouterModel, features_KD: FeatureArray, answers: ProbeAnswers, unseen: Unseen
 ) -> _NewTeacher:
     """The new teacher's column in every head."""
 
-    def fit(head: Head, values: Values, mean: str, members: Sequence[Head | None] = ()) -> _Fit:
+    def fit(
+        head: Head,
+        values: Values,
+        mean: str,
+        members: Sequence[Head | None] = (),
+        member_K: IndexArray = unseen.quality_N,
+    ) -> _Fit:
         """By predictions for the known teachers, whose summaries call their means ``mean``."""
         known = [without_gaps(member) for member in members if member is not None]
         predicted_KM = predict_unseen(without_gaps(head), known, features_KD, member_K)
@@ -108,7 +113,9 @@ def _fit_teacher(
     ):
         learnability = answers.learnability.scaled(model.normalization)
         own = [member.learnability for member in members]
-        fit_of_learnability = fit(chosen.learnability, learnability, "mean_learnability_part", own)
+        fit_of_learnability = fit(
+            chosen.learnability, learnability, "mean_learnability_part", own, unseen.learnability_N
+        )
         raw_learnability = fit(model.learnability, answers.learnability, "mean_learnability")
     reward = quality.mixed(learnability, model.alpha)
     return _NewTeacher(

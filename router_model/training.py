@@ -1,7 +1,7 @@
 """Training on frozen features: quality and learnability apart, or the paper's one mixed reward."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -43,6 +43,15 @@ class TunedHead:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class LentQuality:
+    """Quality heads of another router, in place of fitting some."""
+
+    fit: HeadFit
+    """With predictions of the table's prompts by heads that did not see them."""
+    raw: Head
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class _Data:
     """What the heads are trained on."""
 
@@ -51,6 +60,7 @@ class _Data:
     quality_NM: FloatArray
     """Normalised within the prompt, as learnability is."""
     learnability_NM: FloatArray | None
+    lent_quality: HeadFit | None = None
 
     def mixed(self, alpha: float) -> FloatArray:
         """Mixed reward, NM."""
@@ -87,6 +97,7 @@ def fit_router(
     seed: int = 0,
     widths: Sequence[int] | None = None,
     tuned: TunedHead | None = None,
+    lent: LentQuality | None = None,
 ) -> RouterModel:
     """Train a router on every prompt of a table. Hold prompts out before, with ``table.select``.
 
@@ -105,6 +116,7 @@ def fit_router(
         widths: Features of each view, if there are several.
         tuned: A head that was trained with its backbone, in place of fitting one; ``head_kind`` names its
             objective.
+        lent: Quality heads of another router (``donor.QualityDonor``); then learnability alone is fitted.
 
     Raises:
         TableError: Too few teachers, or a teacher without a response.
@@ -121,6 +133,7 @@ def fit_router(
         table.mask_NM[kept_N],
         quality_NM[kept_N],
         None if learnability_NM is None else learnability_NM[kept_N],
+        None if lent is None else _kept(lent.fit, kept_N, design),
     )
     mode: Mode = "paper" if head_kind in OBJECTIVES else "parts"
     ridges = _fit_ridges(data, table, kept_N)
@@ -152,7 +165,7 @@ def fit_router(
         ),
         members=_members(fits, fixed),
         member_means=_member_means(constant, table.n_teachers),
-        quality=ridges["raw_quality"].head,
+        quality=ridges["raw_quality"].head if lent is None else lent.raw,
         learnability=ridges["raw_learnability"].head if "raw_learnability" in ridges else None,
         calibration=calibration,
         coverage=COVERAGE,
@@ -170,6 +183,12 @@ def fit_router(
             "label_curve": label_curve(design, data.quality_NM, data.learnability_NM, data.mask_NM, alpha),
         },
     )
+
+
+def _kept(lent: HeadFit, kept_N: BoolArray, design: Design) -> HeadFit:
+    """Lent heads with the predictions of the prompts that are trained on, and one member per fold at most."""
+    held_NM = None if lent.out_of_fold_NM is None or not design.folds else lent.out_of_fold_NM[kept_N]
+    return replace(lent, out_of_fold_NM=held_NM, members=lent.members[: design.n_folds])
 
 
 def _rewards(
@@ -192,7 +211,10 @@ def _fit_ridges(data: _Data, table: ScoreTable, kept_N: BoolArray) -> dict[str, 
         "raw_quality": table.quality_NM[kept_N],
         "raw_learnability": None if table.learnability_NM is None else table.learnability_NM[kept_N],
     }
-    known = {name: values_NM for name, values_NM in targets.items() if values_NM is not None}
+    lent = ("quality", "raw_quality") if data.lent_quality is not None else ()
+    known = {
+        name: values_NM for name, values_NM in targets.items() if values_NM is not None and name not in lent
+    }
     return fit_ridges(data.design, known, data.mask_NM)
 
 
@@ -200,7 +222,7 @@ def _choose(
     head_kind: str, data: _Data, alpha: float, ridges: Mapping[str, HeadFit]
 ) -> tuple[str, _PartFits, dict[str, Any]]:
     """The kind of head, its fits, and why."""
-    ridge = _PartFits(ridges["quality"], ridges.get("learnability"))
+    ridge = _PartFits(data.lent_quality or ridges["quality"], ridges.get("learnability"))
     if head_kind == "ridge":
         return head_kind, ridge, {}
     if head_kind != "auto":
@@ -229,14 +251,14 @@ def _choose(
 
 
 def _fit_parts(kind: str, data: _Data) -> _PartFits:
-    quality = fit_head(kind, data.design, data.quality_NM, data.mask_NM)
+    quality = data.lent_quality or fit_head(kind, data.design, data.quality_NM, data.mask_NM)
     if data.learnability_NM is None:
         return _PartFits(quality, None)
     return _PartFits(quality, fit_head(kind, data.design, data.learnability_NM, data.mask_NM))
 
 
 def _blend_parts(ridge: _PartFits, knn: _PartFits) -> _PartFits | None:
-    quality = blend(ridge.quality, knn.quality)
+    quality = ridge.quality if ridge.quality is knn.quality else blend(ridge.quality, knn.quality)
     if quality is None or ridge.learnability is None or knn.learnability is None:
         return None if quality is None else _PartFits(quality, None)
     learnability = blend(ridge.learnability, knn.learnability)

@@ -1,6 +1,7 @@
 """Predictions for prompts of the training by the ensemble members that have not seen them."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,8 @@ IndexArray = NDArray[np.int64]
 
 FOLDS_FACT = "fold_of_prompt"
 """Among a model's facts: for each training prompt the member that was trained without it, -1 for none."""
+QUALITY_FOLDS_FACT = "quality_fold_of_prompt"
+"""The same for quality heads that are another router's."""
 NO_MEMBER = -1
 
 
@@ -30,23 +33,42 @@ def fold_of_prompt(design: Design, kept_N: NDArray[np.bool_]) -> list[int]:
     return [int(number) for number in fold_N]
 
 
-def unseen_by(facts: Mapping[str, Any], trained: Sequence[str], hashes: Sequence[str]) -> IndexArray:
-    """For each prompt the member that was trained without it; -1 for one that no member leaves out.
+@dataclass(frozen=True, slots=True, eq=False)
+class Unseen:
+    """For each of N prompts the member that was trained without it; -1 for one that no member leaves out."""
+
+    quality_N: IndexArray
+    learnability_N: IndexArray
+
+    def rows(self, index: IndexArray) -> "Unseen":
+        """Of some of the prompts."""
+        return Unseen(self.quality_N[index], self.learnability_N[index])
+
+
+def unseen_by(facts: Mapping[str, Any], trained: Sequence[str], hashes: Sequence[str]) -> Unseen:
+    """The members that have not seen some prompts.
 
     Args:
         facts: The model's.
         trained: Hashes of its training prompts, in order.
         hashes: Those of the prompts that are asked about.
     """
-    # Of a prompt that stands twice the first counts, as in cross-validation, where its twin was seen too.
-    known = dict(zip(reversed(trained), reversed(_padded(facts, len(trained))), strict=True))
-    return np.array([known.get(digest, NO_MEMBER) for digest in hashes], dtype=np.int64)
+
+    def members(folds: Sequence[int]) -> IndexArray:
+        # Prompts that came later have no fold. Of one that stands twice the first counts, as in
+        # cross-validation, where its twin was seen too.
+        padded = [*folds, *[NO_MEMBER] * (len(trained) - len(folds))]
+        known = dict(zip(reversed(trained), reversed(padded), strict=True))
+        return np.array([known.get(digest, NO_MEMBER) for digest in hashes], dtype=np.int64)
+
+    folds = facts.get(FOLDS_FACT, ())
+    return Unseen(members(facts.get(QUALITY_FOLDS_FACT, folds)), members(folds))
 
 
-def _padded(facts: Mapping[str, Any], n_prompts: int) -> list[int]:
-    """The fact, with no member for prompts that came later."""
-    folds = list(facts.get(FOLDS_FACT, ()))
-    return folds + [NO_MEMBER] * (n_prompts - len(folds))
+def nobody(n_prompts: int) -> Unseen:
+    """No member has left any of the prompts out."""
+    none_N = np.full(n_prompts, NO_MEMBER, dtype=np.int64)
+    return Unseen(none_N, none_N)
 
 
 def predict_unseen(
@@ -55,7 +77,7 @@ def predict_unseen(
     """Predictions of each prompt by its member, and by the head itself where it has none, BM.
 
     Args:
-        member_B: As ``unseen_by`` gives it.
+        member_B: Of this part, as ``unseen_by`` gives it.
     """
     predicted_BM = head.predict(features_BD)
     for number, member in enumerate(members):

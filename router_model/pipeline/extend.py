@@ -81,7 +81,7 @@ def extend_router(
         encoded.features_BD,
         probes,
         new,
-        member_N=unseen_by(model.facts, manifest.training.prompt_sha256, hashes),
+        unseen=unseen_by(model.facts, manifest.training.prompt_sha256, hashes),
     )
     extended = replace(extended, facts=_with_origin(extended, manifest, table, len(new)))
     checkpoint_id = write_checkpoint(

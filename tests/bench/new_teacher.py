@@ -9,7 +9,6 @@ and L2 count for another's.
 """
 
 import argparse
-import dataclasses
 import json
 import time
 from collections.abc import Sequence
@@ -106,7 +105,11 @@ def compare(split: Split, fold: int, n_draws: int) -> list[dict[str, object]]:
     training = split.table.select(split.train)
     own = split.features[split.train]
     model = fit_router(
-        own, narrowed(training, split.known), alpha=0.4, head_kind="ridge", widths=split.widths
+        own,
+        training.with_teachers([split.table.teachers[m] for m in split.known]),
+        alpha=0.4,
+        head_kind="ridge",
+        widths=split.widths,
     )
     records = []
     for n_probes in (*N_PROBES, ALL):
@@ -129,31 +132,17 @@ def compare(split: Split, fold: int, n_draws: int) -> list[dict[str, object]]:
     return records
 
 
-def narrowed(table: ScoreTable, columns: IndexArray) -> ScoreTable:
-    """The table with some of its teachers."""
-    learnability = table.learnability_NM
-    return dataclasses.replace(
-        table,
-        teachers=tuple(table.teachers[m] for m in columns),
-        quality_NM=table.quality_NM[:, columns],
-        learnability_NM=None if learnability is None else learnability[:, columns],
-        mask_NM=table.mask_NM[:, columns],
-        n_tokens_NM=None,
-        cost_usd_NM=None,
-    )
-
-
 def extended(model: RouterModel, split: Split, probes: IndexArray, *, is_mean: bool) -> Parts:
     """Predictions of the extended router, in the columns of the table."""
     rows = split.train[probes]
     table = split.table.select(rows)
     trained = split.table.select(split.train).prompt_hashes()
-    member = unseen_by(model.facts, trained, table.prompt_hashes())
+    unseen = unseen_by(model.facts, trained, table.prompt_hashes())
     grid = column_fit.L2_GRID
     column_fit.L2_GRID = grid[:1] if is_mean else grid
     try:
         router = extend_model(
-            model, split.features[rows], table, [split.table.teachers[split.new]], member_N=member
+            model, split.features[rows], table, [split.table.teachers[split.new]], unseen=unseen
         )
     finally:
         column_fit.L2_GRID = grid

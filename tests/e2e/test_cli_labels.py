@@ -96,3 +96,29 @@ def test_extend_adds_a_teacher_that_routes_and_is_judged(folder: Path) -> None:
     again = persyn(folder, *arguments, "--teacher", "alpaca", "--json")
     assert again.returncode == 1
     assert "known to the router already" in json.loads(again.stdout)["detail"]
+
+
+def test_a_new_student_takes_the_quality_heads(folder: Path, minilm_path: Path) -> None:
+    """Learnability alone is fitted; the manifest names the donor; other teachers are refused."""
+    rows = [json.loads(line) for line in (folder / "known.jsonl").read_text().splitlines()]
+    write(folder / "other.jsonl", [{**row, "learnability": -2.0 - row["quality"]} for row in rows])
+    train = (
+        "train",
+        "--backbone",
+        str(minilm_path),
+        "--embeddings",
+        "e.sqlite",
+        "--quality-from",
+        "checkpoint",
+    )
+    done = persyn(folder, *train, "--scores", "other.jsonl", "--out", "second", "--student", "second")
+    assert done.returncode == 0, done.stderr
+    (donor, parent), (model, manifest) = (read_checkpoint(folder / name) for name in ("checkpoint", "second"))
+    assert manifest.facts["quality_from"] == parent.checkpoint_id
+    assert manifest.student.id == "second"
+    for own, lent in zip(model.members, donor.members, strict=True):
+        for name, tensor in lent.quality.tensors().items():
+            np.testing.assert_array_equal(own.quality.tensors()[name], tensor)
+    refused = persyn(folder, *train, "--scores", "all.jsonl", "--out", "third", "--json")
+    assert refused.returncode == 1
+    assert json.loads(refused.stdout)["error"] == "CheckpointError"

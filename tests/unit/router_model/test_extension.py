@@ -25,15 +25,7 @@ N_PROBES = 50
 
 def without(table: ScoreTable, teacher: str) -> ScoreTable:
     """The table without one of its teachers."""
-    kept = [m for m, name in enumerate(table.teachers) if name != teacher]
-    learnability = table.learnability_NM
-    return dataclasses.replace(
-        table,
-        teachers=tuple(table.teachers[m] for m in kept),
-        quality_NM=table.quality_NM[:, kept],
-        learnability_NM=None if learnability is None else learnability[:, kept],
-        mask_NM=table.mask_NM[:, kept],
-    )
+    return table.with_teachers([name for name in table.teachers if name != teacher])
 
 
 def world(n_prompts: int, *, seed: int = 0, noise: float = 0.5) -> tuple[NDArray[np.float32], ScoreTable]:
@@ -175,10 +167,10 @@ def test_members_that_have_not_seen_a_prompt_are_known() -> None:
     features, table = world(40)
     model = fit_router(features, table, alpha=0.4, head_kind="ridge")
     hashes = table.prompt_hashes()
-    member_N = unseen_by(model.facts, hashes, [*hashes[::-1], "unknown"])
+    member_N = unseen_by(model.facts, hashes, [*hashes[::-1], "unknown"]).quality_N
     assert list(member_N) == [*reversed(model.facts[FOLDS_FACT]), -1]
     assert sorted(np.bincount(member_N[:-1])) == [8] * 5
-    assert list(unseen_by({}, hashes, hashes)) == [-1] * 40
+    assert list(unseen_by({}, hashes, hashes).learnability_N) == [-1] * 40
 
 
 def bad_inputs() -> Sequence[tuple[str, type[RouterError], str]]:
