@@ -9,7 +9,7 @@ import pytest
 from router_model.checkpoint import read_checkpoint
 from router_model.inference import Router
 from router_model.pipeline.prompts import read_prompts
-from tests.e2e.test_cli import persyn
+from tests.e2e.test_cli import persyn, write_project
 
 TOPICS = ("the sea", "a train", "bread", "the moon", "rain", "a violin", "wool", "chess")
 KINDS = ("Name a colour of {}.", "Write two sentences about {}.", "Return JSON about {}.")
@@ -71,7 +71,7 @@ def test_advise_writes_rows_as_they_were(folder: Path) -> None:
     assert persyn(folder, "advise", *arguments[:-1], "0").returncode == 2
 
 
-def test_extend_adds_a_teacher_that_routes_and_is_judged(folder: Path) -> None:
+def test_extend_adds_a_teacher_that_routes_and_is_judged(folder: Path, minilm_path: Path) -> None:
     """The new teacher gets the prompts it is good at; the report and the manifest know it."""
     arguments = ("extend", "--checkpoint", "checkpoint", "--scores", "all.jsonl", "--out", "extended")
     done = persyn(folder, *arguments, "--embeddings", "e.sqlite", "--json")
@@ -89,6 +89,17 @@ def test_extend_adds_a_teacher_that_routes_and_is_judged(folder: Path) -> None:
     router = Router.load(folder / "extended")
     quality_BM = router.score(["Return JSON about a lamp.", "Name a colour of a lamp."]).parts.quality
     assert np.argmax(quality_BM[:, 2]) == 0
+    names = ("alpaca", "bison", "camel")
+    write_project(
+        folder / "persyn.yaml",
+        "http://127.0.0.1:9/v1",
+        minilm_path,
+        minilm_path,
+        students=[{"id": "small", "model": str(minilm_path), "checkpoint": "extended"}],
+        teachers=[{"id": name, "base_url": "http://127.0.0.1:9/v1", "model": name} for name in names],
+    )
+    routed = persyn(folder, "route", "Return JSON about a lamp.", "--json")
+    assert set(json.loads(routed.stdout)["distribution"]) == set(names)
     report = ("evaluate", "--checkpoint", "extended", "--scores", "all.jsonl", "--out", "report", "--json")
     judged = persyn(folder, *report)
     assert judged.returncode == 0, judged.stderr
