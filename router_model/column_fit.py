@@ -61,6 +61,8 @@ class Probes:
 def fit_column(probes: Probes, l2: float | None = None) -> Column:
     """Ridge regression with a free bias; its L2 by leave-one-out in closed form, up to a constant column.
 
+    An L2 has to beat the constant by a standard error.
+
     Two things keep the luck of which prompts were probed out of the mean. It is read off where the known
     columns are at their training means, not the probes'. And ``surprise_K``, whose mean over all prompts is
     0, is a control variate, a regressor without L2 that is left out again: where the known teachers did
@@ -86,8 +88,10 @@ def fit_column(probes: Probes, l2: float | None = None) -> Column:
         l2 = math.inf
     elif l2 is None:
         taken_K = control_K**2 + 1.0 / n_probes
-        errors = [_left_out(squares_K, vectors_KK, free_K, taken_K, step * unit) for step in L2_GRID]
-        l2 = L2_GRID[int(np.argmin(errors))]
+        errors_GK = np.stack(
+            [_left_out(squares_K, vectors_KK, free_K, taken_K, step * unit) for step in L2_GRID]
+        )
+        l2 = L2_GRID[int(_cautious(errors_GK).argmin())]
     if math.isinf(l2):
         weight_M = np.zeros_like(middle_M)
     else:
@@ -101,8 +105,8 @@ def fit_column(probes: Probes, l2: float | None = None) -> Column:
 
 def _left_out(
     squares_K: FloatArray, vectors_KK: FloatArray, free_K: FloatArray, taken_K: FloatArray, l2: float
-) -> float:
-    """Mean squared leave-one-out error: residuals over one minus the leverage.
+) -> FloatArray:
+    """Squared leave-one-out errors, K: residuals over one minus the leverage.
 
     Args:
         taken_K: Leverage of what has no L2: the bias and the control.
@@ -111,4 +115,13 @@ def _left_out(
     leverage_K = (vectors_KK**2) @ share_K + taken_K
     residual_K = free_K - vectors_KK @ (share_K * (vectors_KK.T @ free_K))
     # A probe whose control stands alone has leverage 1 and no say.
-    return float(((residual_K / np.maximum(1.0 - leverage_K, _NO_SPREAD)) ** 2).mean())
+    return np.asarray((residual_K / np.maximum(1.0 - leverage_K, _NO_SPREAD)) ** 2)
+
+
+def _cautious(errors_GK: FloatArray) -> FloatArray:
+    """Mean errors, each with the standard error of its gain over the constant, the first of the grid.
+
+    Twenty probes find a good L2 by luck: without this the column was worse than a mean (docs/experiments.md).
+    """
+    doubt_G = (errors_GK[0] - errors_GK).std(axis=1, ddof=1) / math.sqrt(errors_GK.shape[1])
+    return np.asarray(errors_GK.mean(axis=1) + doubt_G)
