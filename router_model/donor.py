@@ -83,7 +83,8 @@ class QualityDonor:
 
         Calibration needs predictions by heads that did not see a prompt. The donor remembers which member of
         its ensemble left out which of its training prompts, so that member predicts it; a prompt that the
-        donor was not trained on is predicted by the head itself. Nothing is fitted.
+        donor was not trained on is predicted by the head itself. Nothing is fitted. Probes of a teacher that
+        was added later are the exception where they were new to the donor: its column has seen them.
 
         Raises:
             TableError: The table has no learnability, so nothing would be left to fit.

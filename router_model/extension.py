@@ -15,7 +15,7 @@ from router_model.model import PartHeads, RouterModel, TeacherSummary
 from router_model.outlook import Parts
 from router_model.probe_answers import ProbeAnswers, Values, probe_answers, require_extendable
 from router_model.table import ScoreTable
-from router_model.unseen import Unseen, nobody, predict_unseen
+from router_model.unseen import NO_MEMBER, Unseen, nobody, predict_unseen
 
 FloatArray = NDArray[np.float64]
 IndexArray = NDArray[np.int64]
@@ -101,7 +101,7 @@ def _fit_teacher(
         known = [without_gaps(member) for member in members if member is not None]
         predicted_KM = predict_unseen(without_gaps(head), known, features_KD, member_K)
         center_M = np.array([getattr(teacher, mean) for teacher in model.teachers], dtype=np.float64)
-        return _fit_folds(_probes(predicted_KM, values, center_M), len(known))
+        return _fit_folds(_probes(predicted_KM, values, center_M), len(known), member_K)
 
     chosen, members = model.chosen, model.members
     quality, learnability = answers.quality.scaled(model.normalization), None
@@ -136,14 +136,17 @@ def _probes(predicted_KM: FloatArray, values: Values, center_M: FloatArray) -> P
     return Probes(predicted_KM, np.nanmean(values.known_KM - predicted_KM, axis=1), values.new_K, center_M)
 
 
-def _fit_folds(probes: Probes, n_folds: int) -> _Fit:
-    """With all probes, and with each fold left out, at the same L2."""
-    whole, n_probes = fit_column(probes), len(probes.target_K)
-    order = np.random.default_rng(0).permutation(n_probes)
-    members = [
-        fit_column(probes.rows(np.setdiff1d(order, left_out)), whole.l2)
-        for left_out in np.array_split(order, n_folds or 1)[:n_folds]
-    ]
+def _fit_folds(probes: Probes, n_folds: int, member_K: IndexArray) -> _Fit:
+    """With all probes, and with each fold left out, at the same L2.
+
+    A member that has not seen a prompt does not see it as a probe either; other probes are dealt out.
+    """
+    whole, fold_K = fit_column(probes), member_K.copy()
+    dealt = np.random.default_rng(0).permutation(np.flatnonzero(member_K == NO_MEMBER))
+    fold_K[dealt] = np.arange(len(dealt)) % max(n_folds, 1)
+    kept = [np.flatnonzero(fold_K != fold) for fold in range(n_folds)]
+    # A fold that holds every probe leaves nothing to fit: its member has the column of all.
+    members = [fit_column(probes.rows(rows), whole.l2) if len(rows) else whole for rows in kept]
     return _Fit(whole, tuple(members))
 
 

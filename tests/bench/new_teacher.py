@@ -40,7 +40,8 @@ N_PROBES = (20, 50, 100)
 ALL = 0
 """Stands for all training prompts."""
 N_BOOTSTRAP = 10_000
-COLUMN, SPREAD, MEAN, AGAIN, WHOLE = "column", "column, spread probes", "mean", "trained again", "all labels"
+COLUMN, SPREAD, MEAN, AGAIN = "column", "column, spread probes", "mean", "trained again"
+WHOLE, NEVER = "all labels", "not added"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -111,7 +112,8 @@ def compare(split: Split, fold: int, n_draws: int) -> list[dict[str, object]]:
         head_kind="ridge",
         widths=split.widths,
     )
-    records = []
+    parts = model.predict(split.features[split.held]).parts
+    records = [record(split, NEVER, ALL, never_chosen(parts, split), fold=fold)]
     for n_probes in (*N_PROBES, ALL):
         size = n_probes or len(own)
         draws = [
@@ -126,9 +128,8 @@ def compare(split: Split, fold: int, n_draws: int) -> list[dict[str, object]]:
             parts = trained_again(split, prepare(own, seed=0, widths=split.widths), draws[0])
             records.append(record(split, AGAIN, n_probes, parts, fold=fold))
             spread = choose_prompts(model.novelty.projection(own), np.ones(len(own)), size)
-            records.append(
-                record(split, SPREAD, n_probes, extended(model, split, spread, is_mean=False), fold)
-            )
+            parts = extended(model, split, spread, is_mean=False)
+            records.append(record(split, SPREAD, n_probes, parts, fold=fold))
     return records
 
 
@@ -150,6 +151,15 @@ def extended(model: RouterModel, split: Split, probes: IndexArray, *, is_mean: b
     back = np.argsort([*split.known, split.new])
     assert parts.learnability is not None
     return Parts(parts.quality[:, back], parts.learnability[:, back])
+
+
+def never_chosen(parts: Parts, split: Split) -> Parts:
+    """The known teachers' predictions, with a column that is never the best."""
+    worst = np.full((len(split.held), split.table.n_teachers), -1e6)
+    quality, learnability = worst, worst.copy()
+    quality[:, split.known] = parts.quality
+    learnability[:, split.known] = parts.learnability
+    return Parts(quality, learnability)
 
 
 def trained_again(split: Split, design: Design, probes: IndexArray) -> Parts:
@@ -195,10 +205,8 @@ def record(
 
 def summary(found: Sequence[dict[str, object]]) -> str:
     """Share of the gap closed, mean over the teachers; the column less each rival, paired over prompts."""
-    lines = [
-        "| alpha | probes | " + " | ".join((COLUMN, SPREAD, MEAN, AGAIN, WHOLE)) + " |",
-        "|--:" * 7 + "|",
-    ]
+    names = (NEVER, COLUMN, SPREAD, MEAN, AGAIN, WHOLE)
+    lines = ["| alpha | probes | " + " | ".join(names) + " |", "|--:" * 8 + "|"]
     notes = []
     for alpha in ALPHAS:
         gap = per_prompt(found, WHOLE, ALL, alpha, "gap")
@@ -210,9 +218,10 @@ def summary(found: Sequence[dict[str, object]]) -> str:
                 return None
             return per_prompt(found, method, n_probes, alpha, "gain")
 
-        whole = per_prompt(found, WHOLE, ALL, alpha, "gain")
+        always = {name: per_prompt(found, name, ALL, alpha, "gain") for name in (NEVER, WHOLE)}
         for n_probes in (*N_PROBES, ALL):
-            gains = {name: share(name, n_probes) for name in (COLUMN, SPREAD, MEAN, AGAIN)} | {WHOLE: whole}
+            own = {name: share(name, n_probes) for name in (COLUMN, SPREAD, MEAN, AGAIN)}
+            gains = {NEVER: always[NEVER], **own, WHOLE: always[WHOLE]}
             cells = ["" if gain is None else f"{100 * gain.sum() / gap.sum():.1f}" for gain in gains.values()]
             lines.append(f"| {alpha:g} | {n_probes or 'all'} | " + " | ".join(cells) + " |")
             for name, gain in gains.items():

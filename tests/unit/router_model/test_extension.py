@@ -252,3 +252,20 @@ def test_a_column_is_ridge_regression() -> None:
         l2: error.mean() + (constant - error).std(ddof=1) / np.sqrt(30) for l2, error in errors.items()
     }
     assert fit_column(probes).l2 == min(cautious, key=lambda l2: cautious[l2])
+
+
+def test_a_member_has_seen_no_probe_of_its_fold() -> None:
+    """Changing the new teacher's answers to a fold's prompts does not move that fold's member."""
+    model, features, table = trained(n_prompts=60)
+    hashes = table.prompt_hashes()
+    unseen = unseen_by(model.facts, hashes, hashes)
+    own = unseen.quality_N == 2
+    quality = table.quality_NM.copy()
+    quality[own, -1] += 5.0
+    fixed = [
+        extend_model(model, features, changed, [NEW], unseen=unseen).members
+        for changed in (table, dataclasses.replace(table, quality_NM=quality))
+    ]
+    for fold in range(5):
+        means = [members[fold].quality.predict(features)[:, -1].mean() for members in fixed]
+        assert (abs(means[0] - means[1]) < 0.02) == (fold == 2)
