@@ -11,6 +11,7 @@ from clients.errors import UnknownTeacherError
 from clients.types import RoutingDecision
 from router_model.answer_cost import expected_cost_usd, unknown_cost
 from router_model.checkpoint import Manifest
+from router_model.doubt import jackknife_error
 from router_model.errors import StrategyError
 from router_model.outlook import Outlook, RouterOutput
 from router_model.strategies import RouteOptions, chances, refusal, softmax
@@ -105,21 +106,17 @@ def _cost_usd(
 
 
 def _is_uncertain(outlook: Outlook, row: int, best_first: Columns, margin: float) -> bool:
-    """Whether the lead of the best candidate over the second is within one standard error.
+    """Whether the lead of the best candidate over the second is within one jackknife error.
 
-    The error is the jackknife's over the E ensemble members: sqrt((E - 1) / E * sum (d_e - mean d)^2) of the
-    difference d of the two strengths. With fewer than two members there is none, and a win probability near
-    one half has to do.
+    With fewer than two members there is none, and a win probability near one half has to do.
     """
     if len(best_first) < 2:
         return False
-    n_members = len(outlook.members_EBM)
-    if n_members < 2:
+    if len(outlook.members_EBM) < 2:
         return margin < math.log(UNCERTAIN_BELOW / (1 - UNCERTAIN_BELOW))
     first, second = best_first[:2]
     lead_E = outlook.members_EBM[:, row, first] - outlook.members_EBM[:, row, second]
-    variance = (n_members - 1) / n_members * float(((lead_E - lead_E.mean()) ** 2).sum())
-    return math.sqrt(variance) > margin
+    return float(jackknife_error(lead_E)) > margin
 
 
 def _conformal_set(

@@ -121,14 +121,10 @@ def fit_ridges(design: Design, targets: Mapping[str, FloatArray], mask_NM: BoolA
         held_NM, values_NM = out_of_fold_NC[:, own], targets_NC[:, own]
         error = float((np.where(mask_NM, held_NM - values_NM, 0.0) ** 2).sum() / mask_NM.sum())
         l2 = [[_json_l2(L2_GRID[step]) for step in row] for row in chosen_VC[:, own].tolist()]
-        parts = tuple(LinearHead(_columns(member, own)) for member in members)
+        parts = tuple(LinearHead(member.columns(own)) for member in members)
         facts = {"l2": l2, "cv_squared_error": error}
-        fits[name] = HeadFit(LinearHead(_columns(whole, own)), held_NM, means_NC[:, own], parts, facts)
+        fits[name] = HeadFit(LinearHead(whole.columns(own)), held_NM, means_NC[:, own], parts, facts)
     return fits
-
-
-def _columns(linear: LinearMap, own: slice) -> LinearMap:
-    return LinearMap(np.ascontiguousarray(linear.weight_DM[:, own]), linear.bias_M[own])
 
 
 def left_out_means(targets_NM: FloatArray) -> FloatArray:

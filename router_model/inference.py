@@ -27,7 +27,7 @@ class Router:
     """A trained router, ready to score prompts. Used from one owned thread, as its backbone."""
 
     def __init__(self, model: RouterModel, manifest: Manifest, backbone: Backbone) -> None:
-        self._model = model
+        self.model = model
         self.manifest = manifest
         self.backbone = backbone
 
@@ -80,7 +80,7 @@ class Router:
         Raises:
             RouterError: The backbone gave NaN or infinity.
         """
-        output = self._model.predict(encoded.features_BD, encoded.input_tokens_B, encoded.truncated_B)
+        output = self.model.predict(encoded.features_BD, encoded.input_tokens_B, encoded.truncated_B)
         if not np.isfinite(output.at().strengths_BM).all():
             raise RouterError(
                 "the backbone's features hold NaN or infinity: no teacher can be chosen by them"
@@ -89,4 +89,4 @@ class Router:
 
     def baselines(self, encoded: Encoded) -> dict[str, FloatArray]:
         """Strengths, BM, by the rivals that were trained on the same features, at the checkpoint's alpha."""
-        return {name: head.predict(encoded.features_BD) for name, head in self._model.baselines.items()}
+        return {name: head.predict(encoded.features_BD) for name, head in self.model.baselines.items()}

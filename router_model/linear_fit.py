@@ -42,6 +42,18 @@ class LinearMap:
         """Values for a batch of prompts, float64."""
         return np.asarray(features_BD.astype(np.float64) @ self.weight_DM + self.bias_M)
 
+    def columns(self, own: slice) -> "LinearMap":
+        """Some of its columns."""
+        return LinearMap(np.ascontiguousarray(self.weight_DM[:, own]), self.bias_M[own])
+
+    @staticmethod
+    def side_by_side(maps: Sequence["LinearMap"]) -> "LinearMap":
+        """The columns of several maps of the same features, one after the other."""
+        return LinearMap(
+            np.concatenate([linear.weight_DM for linear in maps], axis=1),
+            np.concatenate([linear.bias_M for linear in maps]),
+        )
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Spectrum:

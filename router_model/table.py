@@ -90,6 +90,20 @@ class ScoreTable:
             source=self.source,
         )
 
+    def with_teachers(self, teachers: Sequence[str]) -> "ScoreTable":
+        """The same table with some of its teachers only, in the order given."""
+        columns = [self.teachers.index(teacher) for teacher in teachers]
+        return _assemble(
+            prompt_ids=self.prompt_ids,
+            prompts=self.prompts,
+            teachers=tuple(teachers),
+            values={name: array[:, columns] for name, array in self._values().items()},
+            split_N=self.split_N,
+            families=self.families,
+            sizes_b=self.sizes_b,
+            source=self.source,
+        )
+
     def _values(self) -> dict[str, FloatArray]:
         """The value arrays that the table has, by column name."""
         arrays = {
@@ -379,8 +393,8 @@ def _assemble(
         split_N=split_N,
         n_tokens_NM=values.get("n_tokens"),
         cost_usd_NM=values.get("cost_usd"),
-        families=dict(families),
-        sizes_b=dict(sizes_b),
+        families={teacher: families[teacher] for teacher in teachers},
+        sizes_b={teacher: sizes_b[teacher] for teacher in teachers},
         content_sha256=digest.hexdigest(),
         source=source,
     )

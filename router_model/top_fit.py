@@ -6,7 +6,7 @@ Each errs on other prompts than the other, so ``auto`` adds both to the teachers
 prompts (docs/experiments.md). What is best depends on alpha: there is one such head for each of a few alphas.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,6 +37,14 @@ class TopFit:
     members: tuple[Head, ...]
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class TopTarget:
+    """What the head of one alpha is fitted to, NM."""
+
+    alpha: float
+    values_NM: FloatArray
+
+
 def top_alphas(alpha: float, *, any_alpha: bool) -> tuple[float, ...]:
     """The alphas at which the best teacher is predicted, ascending."""
     return tuple(sorted({*TOP_ALPHAS, alpha})) if any_alpha else (alpha,)
@@ -60,31 +68,31 @@ def top_targets(rewards_NM: FloatArray, mask_NM: BoolArray) -> FloatArray:
 
 
 def join_tops(
-    design: Design, fits: Mapping[float, HeadFit], targets: Mapping[float, FloatArray], mask_NM: BoolArray
+    design: Design, fits: Mapping[str, HeadFit], targets: Mapping[str, TopTarget], mask_NM: BoolArray
 ) -> TopFit | None:
     """Fits of each alpha's targets as one, less the means that a constant would predict.
 
     Args:
-        fits: Ridge fits by alpha, ascending.
-        targets: What they were fitted to.
+        fits: Ridge fits by the names of the targets.
+        targets: By ascending alpha.
 
     Returns:
         None where nothing can be held out.
     """
     held, heads, members = [], [], []
-    for alpha, fit in fits.items():
-        constant = fit_constant(design, targets[alpha], mask_NM)
+    for name, target in targets.items():
+        fit, constant = fits[name], fit_constant(design, target.values_NM, mask_NM)
         if fit.out_of_fold_NM is None or fit.means_NM is None:
             return None
         held.append(fit.out_of_fold_NM - fit.means_NM)
         heads.append(_deviation(fit.head, constant.head))
         members.append([_deviation(*pair) for pair in zip(fit.members, constant.members, strict=True)])
-    alphas = tuple(fits)
+    alphas = tuple(target.alpha for target in targets.values())
     return TopFit(
         alphas,
-        LinearHead(_side_by_side(heads)),
+        LinearHead(LinearMap.side_by_side(heads)),
         TopDeviations(alphas, np.stack(held, axis=1)),
-        tuple(LinearHead(_side_by_side(own)) for own in zip(*members, strict=True)),
+        tuple(LinearHead(LinearMap.side_by_side(own)) for own in zip(*members, strict=True)),
     )
 
 
@@ -92,10 +100,3 @@ def _deviation(fitted: Head, constant: Head) -> LinearMap:
     if not (isinstance(fitted, LinearHead) and isinstance(constant, ConstantHead)):
         raise TypeError(f"expected a linear head and a constant one, not {fitted.kind} and {constant.kind}")
     return LinearMap(fitted.linear.weight_DM, fitted.linear.bias_M - constant.mean_M)
-
-
-def _side_by_side(maps: Sequence[LinearMap]) -> LinearMap:
-    return LinearMap(
-        np.concatenate([linear.weight_DM for linear in maps], axis=1),
-        np.concatenate([linear.bias_M for linear in maps]),
-    )

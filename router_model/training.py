@@ -12,29 +12,27 @@ from router_model.alpha_calibration import (
     Case,
     calibrate,
     calibrate_moves,
-    standard_error,
     unjudged,
 )
 from router_model.design import Design, prepare, project
 from router_model.errors import RouterError, TableError
-from router_model.fitting import FITS, HeadFit, blend, fit_constant, fit_head, fit_ridges
+from router_model.fitting import FITS, HeadFit, fit_constant, fit_head
 from router_model.heads import Head, nearest, squared_distances
 from router_model.label_curve import label_curve
 from router_model.model import Novelty, PartHeads, RouterModel, TeacherSummary
 from router_model.objective_fit import fit_objective
 from router_model.objectives import OBJECTIVES
 from router_model.outlook import ALPHAS, AlphaCalibration, Mode, Parts
-from router_model.reward import Normalization, mix_reward, regret
-from router_model.shrinkage import Moves
+from router_model.part_fits import PartFits, TrainingData, choose_head, fit_part_ridges
+from router_model.reward import Normalization, mix_reward
 from router_model.table import ScoreTable
-from router_model.top_fit import TopFit, join_tops, top_alphas, top_targets
+from router_model.top_fit import join_tops
+from router_model.unseen import FOLDS_FACT, fold_of_prompt
 
 FloatArray = NDArray[np.float64]
 BoolArray = NDArray[np.bool_]
 
 HEAD_KINDS = ("auto", *FITS, *OBJECTIVES)
-AUTO_RIVALS = ("knn", "cluster")
-MIN_PROMPTS_FOR_AUTO = 10
 
 _NOVELTY_AXES, _NOVELTY_K, _NOVELTY_QUANTILE = 32, 10, 0.99
 _PAPER_L2 = (100.0, 10.0, 1.0)
@@ -51,50 +49,12 @@ class TunedHead:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Data:
-    """What the heads are trained on."""
+class LentQuality:
+    """Quality heads of another router, in place of fitting some."""
 
-    design: Design
-    mask_NM: BoolArray
-    quality_NM: FloatArray
-    """Normalised within the prompt, as learnability is."""
-    learnability_NM: FloatArray | None
-
-    def mixed(self, alpha: float) -> FloatArray:
-        """Mixed reward, NM."""
-        return Parts(self.quality_NM, self.learnability_NM).mixed(alpha)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _PartFits:
-    """One kind of head, fitted to each part of the reward."""
-
-    quality: HeadFit
-    learnability: HeadFit | None
-    top: TopFit | None = None
-    """Only ``auto`` asks also which teacher is the best."""
-
-    def held_out(self, alpha: float) -> FloatArray | None:
-        """Mixed reward predicted for held-out prompts."""
-        if self.quality.out_of_fold_NM is None:
-            return None
-        learnability = None if self.learnability is None else self.learnability.out_of_fold_NM
-        return Parts(self.quality.out_of_fold_NM, learnability).mixed(alpha)
-
-    def moves(self, alpha: float) -> Moves | None:
-        """From the teachers' means to what is predicted of held-out prompts."""
-        predicted_NM = self.held_out(alpha)
-        if predicted_NM is None or self.quality.means_NM is None:
-            return None
-        learnability = None if self.learnability is None else self.learnability.means_NM
-        means_NM = Parts(self.quality.means_NM, learnability).mixed(alpha)
-        top_NM = np.zeros_like(means_NM) if self.top is None else self.top.out_of_fold.at(alpha)
-        return Moves(means_NM, predicted_NM - means_NM, top_NM)
-
-    def facts(self) -> dict[str, Any]:
-        """Hyper-parameters of both."""
-        learnability = {} if self.learnability is None else {"learnability": dict(self.learnability.facts)}
-        return {"quality": dict(self.quality.facts), **learnability}
+    fit: HeadFit
+    """With predictions of the table's prompts by heads that did not see them."""
+    raw: Head
 
 
 def fit_router(
@@ -107,6 +67,7 @@ def fit_router(
     seed: int = 0,
     widths: Sequence[int] | None = None,
     tuned: TunedHead | None = None,
+    lent: LentQuality | None = None,
 ) -> RouterModel:
     """Train a router on every prompt of a table. Hold prompts out before, with ``table.select``.
 
@@ -125,6 +86,7 @@ def fit_router(
         widths: Features of each view, if there are several.
         tuned: A head that was trained with its backbone, in place of fitting one; ``head_kind`` names its
             objective.
+        lent: Quality heads of another router (``donor.QualityDonor``); then learnability alone is fitted.
 
     Raises:
         TableError: Too few teachers, or a teacher without a response.
@@ -136,25 +98,27 @@ def fit_router(
     reward_NM, quality_NM, learnability_NM = _rewards(table, alpha, normalization)
     kept_N: BoolArray = np.asarray(table.mask_NM.any(axis=1))
     design = prepare(features_ND[kept_N], seed=seed, widths=widths)
-    data = _Data(
+    data = TrainingData(
         design,
         table.mask_NM[kept_N],
         quality_NM[kept_N],
         None if learnability_NM is None else learnability_NM[kept_N],
+        table.quality_NM[kept_N],
+        None if table.learnability_NM is None else table.learnability_NM[kept_N],
+        None if lent is None else _kept(lent.fit, kept_N, design),
     )
     mode: Mode = "paper" if head_kind in OBJECTIVES else "parts"
-    tops = _top_targets(data, alpha) if head_kind == "auto" else {}
-    ridges = _fit_ridges(data, table, kept_N, tops)
-    kind, fits, reasons = _choose(head_kind if mode == "parts" else "ridge", data, alpha, ridges)
+    tops = data.tops(alpha) if head_kind == "auto" else {}
+    ridges = fit_part_ridges(data, tops)
+    kind, fits, reasons = choose_head(head_kind if mode == "parts" else "ridge", data, alpha, ridges)
     if tops and kind != "constant":
-        by_alpha = {at: ridges[_top_name(at)] for at in tops}
-        fits = replace(fits, top=join_tops(design, by_alpha, tops, data.mask_NM))
+        fits = replace(fits, top=join_tops(design, ridges, tops, data.mask_NM))
     fixed = None
     if tuned is not None:
         fixed = HeadFit(tuned.head, None, None, (), tuned.facts)
     elif mode == "paper":
         fixed = fit_objective(head_kind, design, data.mixed(alpha), data.mask_NM)
-    constant = _PartFits(
+    constant = PartFits(
         fit_constant(design, data.quality_NM, data.mask_NM),
         None if data.learnability_NM is None else fit_constant(design, data.learnability_NM, data.mask_NM),
     )
@@ -177,7 +141,7 @@ def fit_router(
         ),
         members=_members(fits, fixed),
         member_means=_member_means(constant, table.n_teachers),
-        quality=ridges["raw_quality"].head,
+        quality=ridges["raw_quality"].head if lent is None else lent.raw,
         learnability=ridges["raw_learnability"].head if "raw_learnability" in ridges else None,
         calibration=calibration,
         coverage=COVERAGE,
@@ -192,8 +156,23 @@ def fit_router(
             **reasons,
             **fits.facts(),
             **({"strength": dict(fixed.facts)} if fixed is not None else {}),
+            FOLDS_FACT: fold_of_prompt(design, kept_N),
             "label_curve": label_curve(design, data.quality_NM, data.learnability_NM, data.mask_NM, alpha),
         },
+    )
+
+
+def _kept(lent: HeadFit, kept_N: BoolArray, design: Design) -> HeadFit:
+    """Lent heads with the predictions of the prompts that are trained on, and one member per fold at most."""
+
+    def kept(values_NM: FloatArray | None) -> FloatArray | None:
+        return None if values_NM is None or not design.folds else values_NM[kept_N]
+
+    return replace(
+        lent,
+        out_of_fold_NM=kept(lent.out_of_fold_NM),
+        means_NM=kept(lent.means_NM),
+        members=lent.members[: design.n_folds],
     )
 
 
@@ -209,82 +188,8 @@ def _rewards(
     return reward_NM, quality_NM, mix_reward(*values, alpha=1.0, normalization=normalization)
 
 
-def _top_targets(data: _Data, alpha: float) -> dict[float, FloatArray]:
-    """Which teacher is the best, by alpha; too few prompts cannot tell."""
-    if data.design.n_prompts < MIN_PROMPTS_FOR_AUTO:
-        return {}
-    alphas = top_alphas(alpha, any_alpha=data.learnability_NM is not None)
-    return {at: top_targets(data.mixed(at), data.mask_NM) for at in alphas}
-
-
-def _top_name(alpha: float) -> str:
-    return f"top at {alpha:g}"
-
-
-def _fit_ridges(
-    data: _Data, table: ScoreTable, kept_N: BoolArray, tops: Mapping[float, FloatArray]
-) -> dict[str, HeadFit]:
-    """Ridge heads of both parts of the reward, of the raw values that explain it, and of the best teacher."""
-    targets = {
-        "quality": data.quality_NM,
-        "learnability": data.learnability_NM,
-        "raw_quality": table.quality_NM[kept_N],
-        "raw_learnability": None if table.learnability_NM is None else table.learnability_NM[kept_N],
-        **{_top_name(at): values_NM for at, values_NM in tops.items()},
-    }
-    known = {name: values_NM for name, values_NM in targets.items() if values_NM is not None}
-    return fit_ridges(data.design, known, data.mask_NM)
-
-
-def _choose(
-    head_kind: str, data: _Data, alpha: float, ridges: Mapping[str, HeadFit]
-) -> tuple[str, _PartFits, dict[str, Any]]:
-    """The kind of head, its fits, and why."""
-    ridge = _PartFits(ridges["quality"], ridges.get("learnability"))
-    if head_kind == "ridge":
-        return head_kind, ridge, {}
-    if head_kind != "auto":
-        return head_kind, _fit_parts(head_kind, data), {}
-    n_prompts = data.design.n_prompts
-    if n_prompts < MIN_PROMPTS_FOR_AUTO:
-        reason = f"{n_prompts} prompts are too few to compare heads; {MIN_PROMPTS_FOR_AUTO} are needed"
-        return "constant", _fit_parts("constant", data), {"auto_reason": reason}
-    candidates = {"ridge": ridge, **{kind: _fit_parts(kind, data) for kind in AUTO_RIVALS}}
-    blended = _blend_parts(candidates["ridge"], candidates["knn"])
-    if blended is not None:
-        candidates["blend"] = blended
-    reward_NM = data.mixed(alpha)
-    regrets = {}
-    for kind, fits in candidates.items():
-        predicted_NM = fits.held_out(alpha)
-        if predicted_NM is not None:
-            regrets[kind] = regret(predicted_NM, reward_NM, data.mask_NM)
-    best = min(regrets, key=lambda kind: float(regrets[kind].mean()))
-    gain_N = regrets["ridge"] - regrets[best]
-    gain, gain_se = float(gain_N.mean()), standard_error(gain_N)
-    chosen = best if gain > gain_se else "ridge"
-    reason = f"{best} has {gain:.4g} less held-out regret than ridge (standard error {gain_se:.2g})"
-    shown = {kind: float(regret_N.mean()) for kind, regret_N in regrets.items()}
-    return chosen, candidates[chosen], {"auto_reason": reason, "auto_cv_regret": shown}
-
-
-def _fit_parts(kind: str, data: _Data) -> _PartFits:
-    quality = fit_head(kind, data.design, data.quality_NM, data.mask_NM)
-    if data.learnability_NM is None:
-        return _PartFits(quality, None)
-    return _PartFits(quality, fit_head(kind, data.design, data.learnability_NM, data.mask_NM))
-
-
-def _blend_parts(ridge: _PartFits, knn: _PartFits) -> _PartFits | None:
-    quality = blend(ridge.quality, knn.quality)
-    if quality is None or ridge.learnability is None or knn.learnability is None:
-        return None if quality is None else _PartFits(quality, None)
-    learnability = blend(ridge.learnability, knn.learnability)
-    return None if learnability is None else _PartFits(quality, learnability)
-
-
 def _calibrations(
-    data: _Data, fits: _PartFits, fixed: HeadFit | None, alpha: float, *, gated: bool
+    data: TrainingData, fits: PartFits, fixed: HeadFit | None, alpha: float, *, gated: bool
 ) -> tuple[AlphaCalibration, ...]:
     """At the training alpha, and at the others where learnability is known and the head serves them."""
     if fixed is not None:
@@ -311,7 +216,7 @@ def _tuned_calibration(
     return calibrate(alpha, predicted_NM, reward_NM[rows], mask_NM[rows])
 
 
-def _members(fits: _PartFits, fixed: HeadFit | None) -> tuple[PartHeads, ...]:
+def _members(fits: PartFits, fixed: HeadFit | None) -> tuple[PartHeads, ...]:
     return tuple(
         PartHeads(
             member,
@@ -323,7 +228,7 @@ def _members(fits: _PartFits, fixed: HeadFit | None) -> tuple[PartHeads, ...]:
     )
 
 
-def _member_means(constant: _PartFits, n_teachers: int) -> Parts:
+def _member_means(constant: PartFits, n_teachers: int) -> Parts:
     def means(fit: HeadFit) -> FloatArray:
         nothing = np.zeros((1, 0), dtype=np.float32)
         rows = [member.predict(nothing)[0] for member in fit.members]
@@ -346,7 +251,7 @@ def _novelty(design: Design) -> Novelty:
     return Novelty(projection, points_NK, _NOVELTY_K, float(np.quantile(kth_N, _NOVELTY_QUANTILE)))
 
 
-def _baselines(data: _Data, alpha: float) -> Mapping[str, Head]:
+def _baselines(data: TrainingData, alpha: float) -> Mapping[str, Head]:
     """The rivals of a report: neighbours, and the paper's loss with ties coded as losses."""
     reward_NM = data.mixed(alpha)
     paper = fit_objective("paper_bt", data.design, reward_NM, data.mask_NM, grid=_PAPER_L2)

@@ -12,6 +12,7 @@ from typer.core import TyperGroup
 from typing_extensions import override
 
 from clients.errors import PersynError
+from service.cli_labels import advise, extend
 from service.cli_project import check, init, schema
 from service.cli_routing import ServeCommand, plan, route, serve, synthesize
 from service.cli_training import collect, evaluate, run_command, score, train
@@ -47,6 +48,8 @@ app.command()(collect)
 app.command()(score)
 app.command()(train)
 app.command()(evaluate)
+app.command()(advise)
+app.command()(extend)
 app.command(name="run")(run_command)
 app.command()(plan)
 app.command()(synthesize)

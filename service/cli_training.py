@@ -93,6 +93,10 @@ def train(
         Path | None,
         typer.Option("--recipe", help="Fine-tune the backbone by this file (see recipes/); for a GPU."),
     ] = None,
+    quality_from: Annotated[
+        Path | None,
+        typer.Option("--quality-from", help="Take the quality heads of this checkpoint; fit learnability."),
+    ] = None,
     seed: SeedOption = 0,
     as_json: JsonOption = False,
 ) -> None:
@@ -104,6 +108,8 @@ def train(
         backbone = plan.backbone
     if backbone is None:
         raise typer.BadParameter("give a backbone, or a recipe that names one", param_hint="--backbone")
+    if plan is not None and quality_from is not None:
+        raise typer.BadParameter("a recipe trains a backbone of its own", param_hint="--quality-from")
     settings = TrainSettings(
         student=student,
         student_family=student_family,
@@ -115,7 +121,7 @@ def train(
         max_tokens=max_tokens,
         views=parse_views(views),
     )
-    result = _trained(scores, out, settings, plan, embeddings)
+    result = _trained(scores, out, settings, plan, embeddings, quality_from=quality_from)
     lines = [
         f"router {result.checkpoint_id[:12]} for {student!r}: head {result.head!r} on "
         f"{result.n_prompts} prompts x {result.n_teachers} teachers, in {out}",
@@ -130,6 +136,8 @@ def _trained(
     settings: "TrainSettings",
     recipe: "FineTuneRecipe | None",
     embeddings: Path | None,
+    *,
+    quality_from: Path | None,
 ) -> "TrainResult":
     """A router on a frozen backbone, or on one that the recipe fine-tunes."""
     with progress_for() as progress:
@@ -141,7 +149,9 @@ def _trained(
         from service.settings import cache_folder
 
         cache = embeddings or cache_folder() / "embeddings.sqlite"
-        return train_router(scores, out, settings, progress=progress, embeddings=cache)
+        return train_router(
+            scores, out, settings, progress=progress, embeddings=cache, quality_from=quality_from
+        )
 
 
 def _read_recipe(path: Path) -> "FineTuneRecipe":

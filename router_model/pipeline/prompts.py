@@ -33,10 +33,19 @@ def read_prompts(path: Path) -> list[Prompt]:
         TableError: With the line: no prompt, an empty one, a value that JSON in UTF-8 cannot hold (a lone
             surrogate, NaN, bytes), an id whose rows differ.
     """
-    prompts: dict[str, Prompt] = {}
+    return [prompt for prompt, _ in read_prompt_rows(path)]
+
+
+def read_prompt_rows(path: Path) -> list[tuple[Prompt, dict[str, Any]]]:
+    """The prompts of ``read_prompts``, each with its row as the file has it, ready for JSON.
+
+    Raises:
+        TableError: As ``read_prompts``.
+    """
+    prompts: dict[str, tuple[Prompt, dict[str, Any]]] = {}
     for line, row in _rows(path):
         prompt = _prompt(path, line, row)
-        earlier = prompts.setdefault(prompt.id, prompt)
+        earlier, _ = prompts.setdefault(prompt.id, (prompt, {name: _plain(row[name]) for name in row}))
         if earlier is not prompt:
             _require_equal(path, line, earlier, prompt)
     if not prompts:

@@ -9,7 +9,14 @@ import numpy as np
 
 from clients.types import HeadChoice
 from router_model.backbone import Backbone, load_backbone
-from router_model.checkpoint import BackboneFacts, StudentFacts, TrainingFacts, write_checkpoint
+from router_model.checkpoint import (
+    BackboneFacts,
+    StudentFacts,
+    TrainingFacts,
+    read_checkpoint,
+    write_checkpoint,
+)
+from router_model.donor import QualityDonor
 from router_model.embedding_cache import EmbeddingCache, encode_all
 from router_model.errors import TableError
 from router_model.model import RouterModel
@@ -66,19 +73,29 @@ def train_router(
     *,
     progress: Progress,
     embeddings: Path | None = None,
+    quality_from: Path | None = None,
 ) -> TrainResult:
     """Train on the prompts of a score table that are not marked as test prompts.
 
     Args:
         embeddings: Cache of embeddings, a SQLite file; None for no cache.
+        quality_from: A checkpoint whose quality heads are taken over: only learnability is fitted.
 
     Raises:
         TableError: The table is malformed, lacks the measure of learnability, or holds nothing to train on.
         RouterError: ``alpha`` > 0 and the table has no learnability.
         BackboneError: The backbone cannot be loaded.
+        CheckpointError: The quality heads of ``quality_from`` do not fit.
     """
     training = training_table(scores, settings.learnability)
+    donor = None if quality_from is None else QualityDonor(*read_checkpoint(quality_from))
+    if donor is not None:
+        donor.require_head(settings.head)
+        training = donor.ordered(training)
     backbone = load_backbone(settings.backbone, max_tokens=settings.max_tokens, views=settings.views)
+    facts = backbone_facts(settings.backbone, backbone)
+    if donor is not None:
+        donor.require_fit(facts, settings.normalization)
     cache = None if embeddings is None else EmbeddingCache(embeddings)
     progress.start("encode", total=training.n_prompts)
     encoded = encode_all(backbone, training.prompts, cache=cache, progress=progress.advance)
@@ -92,15 +109,19 @@ def train_router(
         head_kind=settings.head,
         seed=settings.seed,
         widths=[backbone.hidden] * len(backbone.views),
+        lent=None if donor is None else donor.lent(encoded.features_BD, training),
     )
+    seen = training_facts(training)
+    if donor is not None:
+        model, seen = donor.completed(model, seen)
     progress.advance()
     progress.finish()
     checkpoint_id = write_checkpoint(
         folder,
         model,
         student=StudentFacts(settings.student, settings.student_family),
-        backbone=backbone_facts(settings.backbone, backbone),
-        training=training_facts(training),
+        backbone=facts,
+        training=seen,
         learnability=settings.learnability,
         git_revision=git_revision(Path.cwd()),
     )

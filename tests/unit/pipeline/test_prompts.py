@@ -12,7 +12,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from router_model.errors import TableError
-from router_model.pipeline.prompts import prompt_from_text, read_prompts, sample_prompts, unit_hash
+from router_model.pipeline.prompts import (
+    prompt_from_text,
+    read_prompt_rows,
+    read_prompts,
+    sample_prompts,
+    unit_hash,
+)
 
 
 def write(tmp_path: Path, *rows: Any) -> Path:
@@ -48,6 +54,21 @@ def test_other_columns_are_carried_and_answers_cut_off(tmp_path: Path) -> None:
     prompt = read_prompts(write(tmp_path, {"messages": chat, "topic": {"x": [1]}}))[0]
     assert prompt.extra == {"topic": {"x": [1]}, "reference": [chat[1]]}
     assert len(prompt.messages) == 1
+
+
+def test_rows_are_as_the_file_has_them(tmp_path: Path) -> None:
+    """Written again they are the same prompts: batch lines, answers, nulls; dates as JSON has them."""
+    chat = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    rows = [
+        {"messages": chat, "topic": {"x": [1]}, "note": None},
+        {"custom_id": "4", "method": "POST", "url": "/v1", "body": {"messages": chat[:1], "top_p": 0.5}},
+    ]
+    path = write(tmp_path, *rows)
+    assert [row for _, row in read_prompt_rows(path)] == rows
+    assert [prompt for prompt, _ in read_prompt_rows(path)] == read_prompts(path)
+    dated = pa.Table.from_pylist([{"prompt": "x", "day": dt.date(2026, 1, 2)}])
+    pq.write_table(dated, tmp_path / "dated.parquet")
+    assert read_prompt_rows(tmp_path / "dated.parquet")[0][1] == {"prompt": "x", "day": "2026-01-02"}
 
 
 def test_a_missing_id_is_a_hash_of_the_content(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import pytest
 from router_model.design import prepare
 from router_model.fitting import fit_ridges
 from router_model.outlook import TopDeviations
-from router_model.top_fit import join_tops, top_alphas, top_targets
+from router_model.top_fit import TopTarget, join_tops, top_alphas, top_targets
 from tests.unit.router_model.worlds import linear_world
 
 
@@ -61,10 +61,13 @@ def test_one_alpha_answers_for_all() -> None:
 def test_fits_of_several_alphas_are_one_head_of_deviations() -> None:
     """Its columns stand alpha by alpha, and over the training prompts each has mean 0."""
     features, quality = linear_world(200, noise=0.5)
-    targets = {at: top_targets(values, full(values)) for at, values in ((0.0, quality), (1.0, -quality))}
+    targets = {
+        str(at): TopTarget(at, top_targets(values, full(values)))
+        for at, values in ((0.0, quality), (1.0, -quality))
+    }
     design = prepare(features, seed=0)
-    fits = fit_ridges(design, {str(at): values for at, values in targets.items()}, full(quality))
-    top = join_tops(design, {at: fits[str(at)] for at in targets}, targets, full(quality))
+    fits = fit_ridges(design, {at: target.values_NM for at, target in targets.items()}, full(quality))
+    top = join_tops(design, fits, targets, full(quality))
     assert top is not None
     values = top.head.predict(features).reshape(200, 2, 5)
     np.testing.assert_allclose(values.mean(axis=0), 0.0, atol=1e-6)
