@@ -1,7 +1,6 @@
 """What held-out predictions say of a router: whether it helps, and how sure it may be."""
 
 import math
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,13 +8,12 @@ import torch
 from numpy.typing import NDArray
 
 from router_model.bradley_terry import compare, loss_of_pairs
+from router_model.linear_fit import column_means
 from router_model.outlook import AlphaCalibration
 from router_model.reward import regret
-from router_model.shrinkage import Moves, near_best
 
 FloatArray = NDArray[np.float64]
 BoolArray = NDArray[np.bool_]
-IndexArray = NDArray[np.int64]
 
 COVERAGE = 0.9
 """Of the conformal sets: how often the best teacher is in them, at least."""
@@ -24,8 +22,6 @@ MIN_PROMPTS_TO_ROUTE = 10
 
 MIN_GAIN = 1.5
 """Standard errors: one-sided, a router without any use passes once in fifteen times."""
-NEIGHBOURHOOD = 0.2
-"""Of alpha."""
 
 # Bounds of the spread of strengths, in logits: a noise-free ranking has no finite best temperature.
 _MIN_SPREAD, _MAX_SPREAD = 1e-3, 10.0
@@ -34,23 +30,17 @@ _TIE = 1e-12
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Case:
-    """Held-out predictions at one alpha, and what came of them."""
+class HeldOut:
+    """Predictions at one alpha for each training prompt, by heads that did not see it."""
 
-    moves: Moves
-    rewards_NM: FloatArray
-
-
-def unjudged(alpha: float, *, follow: bool) -> AlphaCalibration:
-    """Where nothing was held out, predictions are followed or not as they were asked for."""
-    return AlphaCalibration(alpha, follow, float(follow), 0.0, None, None, 1.0, None)
+    strengths_NM: FloatArray
+    """On the scale of the reward."""
+    means_NM: FloatArray
+    """The teachers' means over the prompts that those heads saw."""
 
 
 def calibrate(
-    alpha: float,
-    predicted_NM: FloatArray | None,
-    rewards_NM: FloatArray,
-    mask_NM: BoolArray,
+    alpha: float, predicted_NM: FloatArray | None, rewards_NM: FloatArray, mask_NM: BoolArray
 ) -> AlphaCalibration:
     """Judge held-out predictions of a head that somebody chose by name: they are followed as they are.
 
@@ -58,75 +48,46 @@ def calibrate(
         predicted_NM: Predicted rewards of prompts that the heads did not see; None if nothing was held out.
     """
     if predicted_NM is None:
-        return unjudged(alpha, follow=True)
+        return AlphaCalibration(alpha, True, None, None, 1.0, None)
     gain_N = hindsight_regret(rewards_NM, mask_NM) - regret(predicted_NM, rewards_NM, mask_NM)
-    return _calibrated(alpha, (1.0, 0.0), predicted_NM, gain_N=gain_N, rewards_NM=rewards_NM, mask_NM=mask_NM)
+    return _calibrated(alpha, predicted_NM, helps=True, gain_N=gain_N, rewards_NM=rewards_NM, mask_NM=mask_NM)
 
 
-def calibrate_moves(
-    cases: Mapping[float, Case], mask_NM: BoolArray, folds: Sequence[IndexArray]
-) -> tuple[AlphaCalibration, ...]:
-    """Choose at each alpha how far to follow held-out predictions, down to not at all, and judge the choice.
+def calibrate_gated(
+    alpha: float, held: HeldOut | None, rewards_NM: FloatArray, mask_NM: BoolArray
+) -> AlphaCalibration:
+    """Judge held-out predictions, and fall back to the best single teacher unless they clearly help.
 
-    Following helps if the regret, with weights chosen on other folds, is below that of the best single
-    teacher *in hindsight* on the same prompts, by more than ``MIN_GAIN`` standard errors. Hindsight, because
-    the cross-validated constant looks worse than it is: where teachers are close, leaving out the prompts
-    that favour one lets the other win the rest. A gain changes little from one alpha to the next, so it is
-    the mean over the alphas within ``NEIGHBOURHOOD`` that must be so large; its own must be above 0.
+    They help if their regret is below that of the best single teacher *in hindsight* on the same prompts, by
+    more than ``MIN_GAIN`` standard errors. Hindsight, because the cross-validated constant looks worse than
+    it is: where teachers are close, leaving out the prompts that favour one lets the other win the rest. For
+    the same reason the predictions are taken as moves from one and the same means.
 
     Args:
-        cases: What was held out, by alpha.
-        folds: The prompts of each fold, of one or several partitions.
+        held: None if nothing was held out.
     """
-    judged = {alpha: _judge(case, mask_NM, folds) for alpha, case in cases.items()}
-    found = []
-    for alpha, case in cases.items():
-        near = [gain_N for at, (_, gain_N) in judged.items() if abs(at - alpha) <= NEIGHBOURHOOD + _TIE]
-        weights, gain_N = judged[alpha]
-        enough = len(mask_NM) >= MIN_PROMPTS_TO_ROUTE and gain_N.mean() > 0
-        if not (enough and _z(np.mean(near, axis=0)) > MIN_GAIN):
-            weights = 0.0, 0.0
-        used_NM = case.moves.constant_NM + case.moves.weighed(weights)
-        found.append(
-            _calibrated(alpha, weights, used_NM, gain_N=gain_N, rewards_NM=case.rewards_NM, mask_NM=mask_NM)
-        )
-    return tuple(found)
-
-
-def _judge(
-    case: Case, mask_NM: BoolArray, folds: Sequence[IndexArray]
-) -> tuple[tuple[float, float], FloatArray]:
-    """Weights by all prompts, and each prompt's gain by weights that were chosen without it."""
-    regret_PN = case.moves.regrets(case.rewards_NM, mask_NM)
-    total_N, n_times_N = np.zeros(len(mask_NM)), np.zeros(len(mask_NM))
-    for fold in folds:
-        others = np.setdiff1d(np.arange(len(mask_NM)), fold)
-        weights = near_best(regret_PN[:, others])
-        total_N[fold] += case.moves.regret(weights, case.rewards_NM, mask_NM)[fold]
-        n_times_N[fold] += 1
-    gain_N = hindsight_regret(case.rewards_NM, mask_NM) - total_N / n_times_N
-    return near_best(regret_PN), gain_N
-
-
-def _z(values_N: FloatArray) -> float:
-    """Mean in standard errors; 0 where nothing differs."""
-    error = standard_error(values_N)
-    return float(values_N.mean()) / error if error > 0 else 0.0
+    if held is None:
+        return AlphaCalibration(alpha, False, None, None, 1.0, None)
+    followed_NM = column_means(rewards_NM, mask_NM) + held.strengths_NM - held.means_NM
+    gain_N = hindsight_regret(rewards_NM, mask_NM) - regret(followed_NM, rewards_NM, mask_NM)
+    enough = len(rewards_NM) >= MIN_PROMPTS_TO_ROUTE and float(gain_N.mean()) > 0
+    helps = enough and float(gain_N.mean()) > MIN_GAIN * standard_error(gain_N)
+    used_NM = held.strengths_NM if helps else held.means_NM
+    return _calibrated(alpha, used_NM, helps=helps, gain_N=gain_N, rewards_NM=rewards_NM, mask_NM=mask_NM)
 
 
 def _calibrated(
     alpha: float,
-    weights: tuple[float, float],
     used_NM: FloatArray,
     *,
+    helps: bool,
     gain_N: FloatArray,
     rewards_NM: FloatArray,
     mask_NM: BoolArray,
 ) -> AlphaCalibration:
     factor = inverse_temperature(used_NM, rewards_NM, mask_NM)
     width = conformal_width(used_NM * factor, rewards_NM, mask_NM)
-    gain, gain_se = float(gain_N.mean()), standard_error(gain_N)
-    return AlphaCalibration(alpha, any(weights), *weights, gain, gain_se, factor, width)
+    return AlphaCalibration(alpha, helps, float(gain_N.mean()), standard_error(gain_N), factor, width)
 
 
 def hindsight_regret(rewards_NM: FloatArray, mask_NM: BoolArray) -> FloatArray:

@@ -24,10 +24,6 @@ class AlphaCalibration:
     alpha: float
     helps: bool
     """Whether the predictions beat the best single teacher; if not, its means are the strengths."""
-    reward_weight: float
-    """Of the predicted reward's deviation from the teachers' means; 0 where it does not help."""
-    top_weight: float
-    """Of the prediction of which teacher is the best."""
     gain: float | None
     """Held-out reward above the best single teacher in hindsight; None without held-out prompts."""
     gain_se: float | None
@@ -71,16 +67,15 @@ class Parts:
             return self.quality
         return (1.0 - alpha) * self.quality + alpha * self.learnability
 
-    def leaning(self, alpha: float, means: FloatArray, calibration: AlphaCalibration) -> FloatArray:
-        """The teachers' mean rewards, moved by what is predicted of the prompt as far as it helps.
+    def strengths(self, alpha: float, means: FloatArray) -> FloatArray:
+        """The teachers' mean rewards, moved by the mean of both predictions for the prompt, if there are two.
 
         Args:
             means: Mean rewards at this alpha; they broadcast against the parts.
         """
-        moved = means + calibration.reward_weight * (self.mixed(alpha) - means)
         if self.top is None:
-            return np.asarray(moved)
-        return np.asarray(moved + calibration.top_weight * self.top.at(alpha))
+            return self.mixed(alpha)
+        return np.asarray(means + (self.mixed(alpha) - means + self.top.at(alpha)) / 2)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -157,11 +152,15 @@ class RouterOutput:
     def _outlook(self, alpha: float) -> Outlook:
         known = min(self.calibration, key=lambda item: (abs(item.alpha - alpha), item.alpha))
         means_M, means_EM = self.mean_parts.mixed(alpha), self.member_means.mixed(alpha)
+        shape = self.quality_BM.shape
         if known.helps and self.fixed_BM is not None and self.member_fixed_EBM is not None:
             raw_BM, members_EBM = self.fixed_BM, self.member_fixed_EBM
+        elif known.helps:
+            raw_BM = self.parts.strengths(alpha, means_M)
+            members_EBM = self.member_parts.strengths(alpha, means_EM[:, None])
         else:
-            raw_BM = self.parts.leaning(alpha, means_M, known)
-            members_EBM = self.member_parts.leaning(alpha, means_EM[:, None], known)
+            raw_BM = np.broadcast_to(means_M, shape)
+            members_EBM = np.broadcast_to(means_EM[:, None], (len(means_EM), *shape))
         expected_BM = self.parts.mixed(alpha) if known.helps else np.broadcast_to(means_M, raw_BM.shape)
         return Outlook(
             alpha=alpha,

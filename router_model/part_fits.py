@@ -7,12 +7,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from router_model.alpha_calibration import standard_error
+from router_model.alpha_calibration import HeldOut, standard_error
 from router_model.design import Design
 from router_model.fitting import HeadFit, blend, fit_head, fit_ridges
 from router_model.outlook import Parts
 from router_model.reward import regret
-from router_model.shrinkage import Moves
 from router_model.top_fit import TopFit, TopTarget, top_alphas, top_targets
 
 FloatArray = NDArray[np.float64]
@@ -64,15 +63,18 @@ class PartFits:
         learnability = None if self.learnability is None else self.learnability.out_of_fold_NM
         return Parts(self.quality.out_of_fold_NM, learnability).mixed(alpha)
 
-    def moves(self, alpha: float) -> Moves | None:
-        """From the teachers' means to what is predicted of held-out prompts."""
-        predicted_NM = self.held_out(alpha)
-        if predicted_NM is None or self.quality.means_NM is None:
+    def held_out_strengths(self, alpha: float) -> HeldOut | None:
+        """What the router would go by for held-out prompts, and the means that it would fall back to."""
+        quality, learnability = self.quality, self.learnability
+        if quality.out_of_fold_NM is None or quality.means_NM is None:
             return None
-        learnability = None if self.learnability is None else self.learnability.means_NM
-        means_NM = Parts(self.quality.means_NM, learnability).mixed(alpha)
-        top_NM = np.zeros_like(means_NM) if self.top is None else self.top.out_of_fold.at(alpha)
-        return Moves(means_NM, predicted_NM - means_NM, top_NM)
+        predicted = Parts(
+            quality.out_of_fold_NM,
+            None if learnability is None else learnability.out_of_fold_NM,
+            None if self.top is None else self.top.out_of_fold,
+        )
+        means = Parts(quality.means_NM, None if learnability is None else learnability.means_NM).mixed(alpha)
+        return HeldOut(predicted.strengths(alpha, means), means)
 
     def facts(self) -> dict[str, Any]:
         """Hyper-parameters of both."""

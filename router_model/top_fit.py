@@ -2,8 +2,8 @@
 
 Regression on rewards spends its effort on all teachers of a prompt, and a choice needs the first one only.
 A head on the indicator of the best teacher looks there; alone it ignores by how much a teacher is the best.
-Each errs on other prompts than the other, so ``auto`` adds both to the teachers' means, weighted on held-out
-prompts (docs/experiments.md). What is best depends on alpha: there is one such head for each of a few alphas.
+Each errs on other prompts than the other, so ``auto`` moves the teachers' means by the mean of both
+(docs/experiments.md). What is best depends on alpha: there is one such head for each of a few alphas.
 """
 
 from collections.abc import Mapping

@@ -7,13 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from router_model.alpha_calibration import (
-    COVERAGE,
-    Case,
-    calibrate,
-    calibrate_moves,
-    unjudged,
-)
+from router_model.alpha_calibration import COVERAGE, calibrate, calibrate_gated
 from router_model.design import Design, prepare, project
 from router_model.errors import RouterError, TableError
 from router_model.fitting import FITS, HeadFit, fit_constant, fit_head
@@ -195,13 +189,12 @@ def _calibrations(
     if fixed is not None:
         return (calibrate(alpha, fixed.out_of_fold_NM, data.mixed(alpha), data.mask_NM),)
     alphas = (alpha,) if data.learnability_NM is None else tuple(sorted({*ALPHAS, alpha}))
-    if not gated:
-        return tuple(calibrate(at, fits.held_out(at), data.mixed(at), data.mask_NM) for at in alphas)
-    moves = {at: fits.moves(at) for at in alphas}
-    cases = {at: Case(own, data.mixed(at)) for at, own in moves.items() if own is not None}
-    if not cases:
-        return tuple(unjudged(at, follow=False) for at in alphas)
-    return calibrate_moves(cases, data.mask_NM, [fold.held_out for fold in data.design.folds])
+    return tuple(
+        calibrate_gated(at, fits.held_out_strengths(at), data.mixed(at), data.mask_NM)
+        if gated
+        else calibrate(at, fits.held_out(at), data.mixed(at), data.mask_NM)
+        for at in alphas
+    )
 
 
 def _tuned_calibration(

@@ -9,6 +9,7 @@ and those without one family after another, each at two alphas.
 import argparse
 import dataclasses
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,14 +22,14 @@ from router_model.embedding_cache import EmbeddingCache, encode_all
 from router_model.fitting import fit_neighbours
 from router_model.objective_fit import fit_objective
 from router_model.reward import mix_reward, regret
-from router_model.table import ScoreTable, read_table
+from router_model.table import LEARNABILITY_COLUMNS, ScoreTable, read_table
 from router_model.training import fit_router
 
 FloatArray = NDArray[np.float64]
 
 ALPHAS = (0.0, 0.4)
 RIVALS = {"ridge": "regression", "hard BT": "bt", "soft BT": "soft_bt", "paper's loss": "paper_bt"}
-GRID = (100.0, 30.0, 10.0, 3.0)
+GRID = (math.inf, 100.0, 30.0, 10.0, 3.0)
 N_BOOTSTRAP = 10_000
 
 
@@ -39,29 +40,38 @@ def main() -> None:
     parser.add_argument("--backbone", required=True)
     parser.add_argument("--cache", type=Path, required=True, help="Embeddings.")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--folds", type=int, default=4)
+    parser.add_argument("--learnability", choices=list(LEARNABILITY_COLUMNS), default="mean_logprob")
+    parser.add_argument("--folds", type=int, default=10)
     parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--first-repeat", type=int, default=0, help="To go on where another call ended.")
+    parser.add_argument("--pools", nargs="*", help="Names of the pools; all by default.")
+    parser.add_argument(
+        "--join", type=Path, nargs="*", default=[], help="Results of other calls to sum up too."
+    )
     options = parser.parse_args()
-    table = read_table(options.table)
+    table = read_table(options.table, learnability=options.learnability)
     backbone = load_backbone(options.backbone, max_tokens=2048)
     features = encode_all(backbone, table.prompts, cache=EmbeddingCache(options.cache)).features_BD
     widths = [backbone.hidden] * len(backbone.views)
     found = []
-    for name, pool in pools(table):
-        for repeat in range(options.repeats):
+    chosen = [pool for pool in pools(table) if options.pools is None or pool[0] in options.pools]
+    for repeat in range(options.first_repeat, options.first_repeat + options.repeats):
+        for name, pool in chosen:
             found += compare(name, pool, features, widths, repeat=repeat, n_folds=options.folds)
             options.out.write_text(json.dumps(found))
+    for path in options.join:
+        found += json.loads(path.read_text())
     print(summary(found))
 
 
 def pools(table: ScoreTable) -> list[tuple[str, ScoreTable]]:
-    """All teachers, and all but one family or the best few, while at least four remain."""
+    """All teachers, all but one family, and all but the best one or five, while at least four remain."""
     order = np.argsort(-table.quality_NM.mean(axis=0))
     columns = {"all": np.arange(table.n_teachers)}
     for family in sorted({str(family) for family in table.families.values()}):
         kept = [m for m, teacher in enumerate(table.teachers) if str(table.families[teacher]) != family]
         columns[f"without {family}"] = np.array(kept)
-    for n_best in (1, 2, 4, 5):
+    for n_best in (1, 5):
         columns[f"without the {n_best} best"] = np.sort(order[n_best:])
     return [(name, narrowed(table, kept)) for name, kept in columns.items() if len(kept) >= 4]
 
@@ -107,6 +117,9 @@ def compare(
             fits["kNN"] = fit_neighbours(design, reward[train], mask[train])
             values = {rival: fit.head.predict(features[held]) for rival, fit in fits.items()}
             values["PerSyn"] = output.at(alpha).strengths_BM
+            values["PerSyn, never falling back"] = output.parts.strengths(
+                alpha, output.mean_parts.mixed(alpha)
+            )
             single = np.tile(reward[train].mean(axis=0), (len(held), 1))
             base = regret(single, reward[held], mask[held])
             records.append(
