@@ -19,6 +19,8 @@ FloatArray = NDArray[np.float64]
 
 HELPS = "routing helps"
 HELPS_NOT = "routing does not help here: use best_single"
+MIN_PROMPTS_FOR_VERDICT = 10
+"""Of fewer prompts, the resamples differ too little for their interval to be one."""
 FALLEN_BACK = "the router has fallen back to the best single teacher: cross-validation found no gain"
 
 
@@ -48,10 +50,17 @@ def evaluate(
     calibration = pairwise_calibration(strengths_NM, held.reward_NM)
     label_curve = list(manifest.facts.get("label_curve") or [])
     low = methods["persyn"]["gap_closed"]["ci95"]
-    helps = outlook.helps and low is not None and low[0] > 0
-    fallen_back = [] if outlook.helps else [FALLEN_BACK]
+    n_prompts = held.table.n_prompts
+    enough = n_prompts >= MIN_PROMPTS_FOR_VERDICT
+    helps = outlook.helps and enough and low is not None and low[0] > 0
+    remarks = [] if outlook.helps else [FALLEN_BACK]
+    if not enough:
+        remarks.append(
+            f"{n_prompts} held-out prompts are too few to say that routing helps; "
+            f"{MIN_PROMPTS_FOR_VERDICT} are needed, and some hundreds give a narrow interval"
+        )
     return {
-        "n_prompts": held.table.n_prompts,
+        "n_prompts": n_prompts,
         "n_teachers": held.table.n_teachers,
         "alpha": manifest.alpha,
         "learnability": manifest.learnability,
@@ -70,7 +79,7 @@ def evaluate(
         "label_advice": advise(label_curve),
         "verdict": HELPS if helps else HELPS_NOT,
         "fallen_back": not outlook.helps,
-        "notes": [*fallen_back, *held.notes, *notes],
+        "notes": [*remarks, *held.notes, *notes],
     }
 
 

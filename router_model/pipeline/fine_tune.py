@@ -25,7 +25,7 @@ from router_model.pipeline.train import (
 )
 from router_model.recipe import FineTuneRecipe
 from router_model.reward import mix_reward
-from router_model.training import TunedHead, fit_router
+from router_model.training import TunedHead, fit_router, require_trainable
 
 
 def fine_tune_router(
@@ -43,6 +43,7 @@ def fine_tune_router(
         BackboneError: The backbone cannot be loaded.
     """
     training = training_table(scores, settings.learnability)
+    require_trainable(training, alpha=recipe.alpha)
     rewards_NM = mix_reward(
         training.quality_NM,
         training.learnability_NM,

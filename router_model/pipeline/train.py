@@ -24,7 +24,7 @@ from router_model.pipeline.artifacts import git_revision
 from router_model.pipeline.progress import Progress
 from router_model.reward import LearnabilityMeasure, Normalization
 from router_model.table import ScoreTable, read_table
-from router_model.training import fit_router
+from router_model.training import fit_router, require_trainable
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +83,6 @@ def train_router(
 
     Raises:
         TableError: The table is malformed, lacks the measure of learnability, or holds nothing to train on.
-        RouterError: ``alpha`` > 0 and the table has no learnability.
         BackboneError: The backbone cannot be loaded.
         CheckpointError: The quality heads of ``quality_from`` do not fit.
     """
@@ -92,6 +91,8 @@ def train_router(
     if donor is not None:
         donor.require_head(settings.head)
         training = donor.ordered(training)
+    # Before the prompts are encoded, which may take hours.
+    require_trainable(training, alpha=settings.alpha)
     backbone = load_backbone(settings.backbone, max_tokens=settings.max_tokens, views=settings.views)
     facts = backbone_facts(settings.backbone, backbone)
     if donor is not None:

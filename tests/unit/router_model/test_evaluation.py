@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from router_model.checkpoint import TrainingFacts
-from router_model.errors import RouterError, TableError
+from router_model.errors import TableError
 from router_model.evaluation import FALLEN_BACK, HELPS, HELPS_NOT, evaluate
 from router_model.evaluation_set import held_out, reward_at
 from router_model.report import report_markdown
@@ -250,11 +250,45 @@ def test_trained_prompts_are_not_evaluated_on() -> None:
         held_out(table, dataclasses.replace(manifest, training=everything))
 
 
+def test_why_no_prompt_is_left_is_said() -> None:
+    """Trained on, marked ``train``, with one response only: each is counted once."""
+    _, quality = linear_world(6, n_teachers=2)
+    quality[2:5, 1] = np.nan
+    table = make_table(quality, quality, split_N=["train", "train", *[None] * 4])
+    manifest = make_manifest([summary(name, 0.5) for name in table.teachers])
+    trained = TrainingFacts("d" * 64, 2, (table.prompt_hashes()[0], table.prompt_hashes()[5]))
+    reason = "of 6, 2 were trained on, 1 others are marked 'train', and 3 have fewer than two responses"
+    with pytest.raises(TableError, match=reason):
+        held_out(table, dataclasses.replace(manifest, training=trained))
+
+
+def test_a_table_with_some_of_the_teachers_is_evaluated_on_those() -> None:
+    """The router chooses among the teachers of the table, and the notes name the others."""
+    _, quality = linear_world(20, n_teachers=2)
+    manifest = make_manifest([summary(name, 0.5) for name in TEACHERS[:3]], alpha=0.0)
+    held = held_out(make_table(quality), manifest)
+    report = evaluate(fake_output(np.tile([0.0, 1.0, 2.0], (20, 1))), held, manifest)
+    assert report["methods"]["persyn"]["share"] == {"alpaca": 0.0, "bison": 1.0}
+    assert "the table has no responses of camel" in report["notes"]
+
+
+@pytest.mark.parametrize(("n_prompts", "verdict"), [(9, HELPS_NOT), (10, HELPS)])
+def test_a_handful_of_prompts_is_no_proof(n_prompts: int, verdict: str) -> None:
+    """A router that is right on each of nine prompts has an interval without width, and no verdict."""
+    quality = np.tile([[0.0, 1.0], [1.0, 0.0]], (5, 1))[:n_prompts]
+    teachers = [summary("alpaca", 0.5, reward=0.6), summary("bison", 0.5)]
+    manifest = planned_manifest(teachers, alpha=0.0)
+    report = evaluate(fake_output(quality), held_out(make_table(quality), manifest), manifest)
+    assert report["methods"]["persyn"]["gap_closed"]["ci95"] == [1.0, 1.0]
+    assert report["verdict"] == verdict
+    assert ("9 held-out prompts are too few" in " ".join(report["notes"])) == (n_prompts == 9)
+
+
 def test_a_table_that_does_not_fit_the_checkpoint_is_refused() -> None:
     """An unknown teacher, or alpha above 0 without learnability."""
     _, quality = linear_world(6)
     table = make_table(quality)
-    with pytest.raises(TableError, match="'eland' is unknown"):
-        held_out(table, make_manifest([summary(name, 0.5) for name in table.teachers[:4]]))
-    with pytest.raises(RouterError, match="no learnability"):
+    with pytest.raises(TableError, match=r"'dingo', 'eland' unknown .* or add them by `persyn extend`"):
+        held_out(table, make_manifest([summary(name, 0.5) for name in table.teachers[:3]]))
+    with pytest.raises(TableError, match=r"has no learnability, but the checkpoint's alpha is 0.4"):
         held_out(table, make_manifest([summary(name, 0.5) for name in table.teachers]))
