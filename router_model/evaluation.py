@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from router_model.alpha_calibration import MIN_PROMPTS_TO_ROUTE
 from router_model.alpha_curve import alpha_points
 from router_model.calibration import conformal_coverage, pairwise_calibration
 from router_model.checkpoint import Manifest
@@ -19,7 +20,10 @@ FloatArray = NDArray[np.float64]
 
 HELPS = "routing helps"
 HELPS_NOT = "routing does not help here: use best_single"
-FALLEN_BACK = "the router has fallen back to the best single teacher: cross-validation found no gain"
+TOO_FEW = "too few held-out prompts to say that routing helps: use best_single, or evaluate on more"
+
+_MIN_PROMPTS = 6
+"""With fewer, a router without any use wins on all of them too often: 2 * 2**-5 is above 5 %."""
 
 
 def evaluate(
@@ -49,7 +53,7 @@ def evaluate(
     label_curve = list(manifest.facts.get("label_curve") or [])
     low = methods["persyn"]["gap_closed"]["ci95"]
     helps = outlook.helps and low is not None and low[0] > 0
-    fallen_back = [] if outlook.helps else [FALLEN_BACK]
+    fallen_back = [] if outlook.helps else [fallen_back_because(manifest.training.n_prompts)]
     return {
         "n_prompts": held.table.n_prompts,
         "n_teachers": held.table.n_teachers,
@@ -68,10 +72,24 @@ def evaluate(
         "out_of_distribution": float(output.out_of_distribution_B.mean()),
         "curves": {"alpha": curve, "labels": label_curve},
         "label_advice": advise(label_curve),
-        "verdict": HELPS if helps else HELPS_NOT,
+        "verdict": _verdict(held.table.n_prompts, helps=helps),
         "fallen_back": not outlook.helps,
         "notes": [*fallen_back, *held.notes, *notes],
     }
+
+
+def fallen_back_because(n_training_prompts: int) -> str:
+    """That a router has fallen back, and why."""
+    few = f"{n_training_prompts} training prompts cannot show a gain, {MIN_PROMPTS_TO_ROUTE} are needed"
+    reason = few if n_training_prompts < MIN_PROMPTS_TO_ROUTE else "cross-validation found no gain"
+    return f"the router has fallen back to the best single teacher: {reason}"
+
+
+def _verdict(n_prompts: int, *, helps: bool) -> str:
+    """The bootstrap over a few prompts that agree has no width, and would call any luck a gain."""
+    if not helps:
+        return HELPS_NOT
+    return HELPS if n_prompts >= _MIN_PROMPTS else TOO_FEW
 
 
 def _judged(

@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from router_model.checkpoint import Manifest
 from router_model.errors import TableError
-from router_model.reward import mix_reward
+from router_model.reward import all_equal, mix_reward
 from router_model.table import ScoreTable
 
 FloatArray = NDArray[np.float64]
@@ -35,16 +35,23 @@ def held_out(table: ScoreTable, manifest: Manifest) -> EvaluationSet:
     known = [teacher.id for teacher in manifest.teachers]
     strangers = [teacher for teacher in table.teachers if teacher not in known]
     if strangers:
-        raise TableError(table.source, f"teacher {strangers[0]!r} is unknown to the checkpoint: {known}")
+        raise TableError(
+            table.source,
+            f"has teachers that the checkpoint does not know: {', '.join(strangers)}; it knows "
+            f"{', '.join(known)}. Add them to it with `persyn extend`, or leave their rows out",
+        )
     trained = set(manifest.training.prompt_sha256)
     seen_N = np.array([digest in trained for digest in table.prompt_hashes()])
     marked_N = np.array([split == "train" for split in table.split_N])
-    kept_N = ~seen_N & ~marked_N & (table.mask_NM.sum(axis=1) > 1)
+    alone_N = table.mask_NM.sum(axis=1) < 2
+    kept_N = ~seen_N & ~marked_N & ~alone_N
     if not kept_N.any():
         raise TableError(
             table.source,
-            f"has no prompt to evaluate on: {int(seen_N.sum())} of {table.n_prompts} were trained on. Give a "
-            "table of other prompts, or mark some with split = 'test' before training",
+            f"has no prompt to evaluate on: of {table.n_prompts}, {int(seen_N.sum())} were trained on, "
+            f"{int(marked_N.sum())} are marked 'train', {int(alone_N.sum())} have one teacher's response only"
+            ". Give a table of other prompts with two teachers each, or mark some with split = 'test' before "
+            "training",
         )
     chosen = table.select(kept_N)
     n_dropped = table.n_prompts - chosen.n_prompts
@@ -52,7 +59,21 @@ def held_out(table: ScoreTable, manifest: Manifest) -> EvaluationSet:
     absent = [name for name in known if name not in table.teachers]
     notes += [f"the table has no responses of {', '.join(absent)}"] if absent else []
     columns = tuple(known.index(name) for name in table.teachers)
-    return EvaluationSet(chosen, reward_at(chosen, manifest, manifest.alpha), columns, tuple(notes))
+    reward_NM = reward_at(chosen, manifest, manifest.alpha)
+    return EvaluationSet(chosen, reward_NM, columns, (*notes, *_notes_on_equals(chosen, reward_NM)))
+
+
+def _notes_on_equals(table: ScoreTable, reward_NM: FloatArray) -> list[str]:
+    """What a table without differences cannot show. A constant is more often a mistake than a finding."""
+    if all_equal(reward_NM):
+        return [
+            "all responses to a prompt have the same reward: this table cannot tell one teacher from another"
+        ]
+    if table.learnability_NM is not None and all_equal(table.learnability_NM):
+        return [
+            "all responses to a prompt have the same learnability: quality alone decides at any alpha below 1"
+        ]
+    return []
 
 
 def reward_at(table: ScoreTable, manifest: Manifest, alpha: float) -> FloatArray:

@@ -88,7 +88,8 @@ def _head(report: Mapping[str, Any]) -> list[str]:
         f"On {report['n_prompts']} prompts that the router has not seen, with {report['n_teachers']} "
         f"teachers and alpha = {report['alpha']:g}, {_gap_sentence(persyn['gap_closed'])} Its reward is "
         f"above the best single teacher's on {duel['win']:.0%} of the prompts, equal on {duel['tie']:.0%} "
-        f"and below on {duel['loss']:.0%}. Routing is said to help only if the whole interval is above zero.",
+        f"and below on {duel['loss']:.0%}. Routing is said to help only if the whole interval is above zero, "
+        "on six prompts or more.",
         "",
     ]
 

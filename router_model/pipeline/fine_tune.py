@@ -19,9 +19,9 @@ from router_model.pipeline.train import (
     TrainResult,
     TrainSettings,
     backbone_facts,
+    routable_table,
     train_result,
     training_facts,
-    training_table,
 )
 from router_model.recipe import FineTuneRecipe
 from router_model.reward import mix_reward
@@ -42,7 +42,7 @@ def fine_tune_router(
         RouterError: The recipe and the table do not fit, or training diverged.
         BackboneError: The backbone cannot be loaded.
     """
-    training = training_table(scores, settings.learnability)
+    training = routable_table(scores, settings.learnability, recipe.alpha)
     rewards_NM = mix_reward(
         training.quality_NM,
         training.learnability_NM,

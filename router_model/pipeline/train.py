@@ -82,12 +82,12 @@ def train_router(
         quality_from: A checkpoint whose quality heads are taken over: only learnability is fitted.
 
     Raises:
-        TableError: The table is malformed, lacks the measure of learnability, or holds nothing to train on.
-        RouterError: ``alpha`` > 0 and the table has no learnability.
+        TableError: The table is malformed, lacks the measure of learnability, has one teacher, or holds
+            nothing to train on.
         BackboneError: The backbone cannot be loaded.
         CheckpointError: The quality heads of ``quality_from`` do not fit.
     """
-    training = training_table(scores, settings.learnability)
+    training = routable_table(scores, settings.learnability, settings.alpha)
     donor = None if quality_from is None else QualityDonor(*read_checkpoint(quality_from))
     if donor is not None:
         donor.require_head(settings.head)
@@ -137,7 +137,36 @@ def training_table(scores: Path, learnability: LearnabilityMeasure) -> ScoreTabl
     table = read_table(scores, learnability=learnability)
     training = table.select(np.array([split != "test" for split in table.split_N]))
     if not training.n_prompts:
-        raise TableError(scores, "every prompt is marked as a test prompt; nothing is left to train on")
+        raise TableError(
+            scores,
+            "every prompt is marked as a test prompt; nothing is left to train on. Take the mark off some, "
+            "or give another table",
+        )
+    return training
+
+
+def routable_table(scores: Path, learnability: LearnabilityMeasure, alpha: float) -> ScoreTable:
+    """The training prompts of a table, refused at once where no router can be made of them.
+
+    Encoding a long table takes hours, and the commonest mistakes can be seen before it.
+
+    Raises:
+        TableError: The table is malformed, holds nothing to train on, has one teacher only, or has no
+            learnability while ``alpha`` > 0.
+    """
+    training = training_table(scores, learnability)
+    if training.n_teachers < 2:
+        raise TableError(
+            scores,
+            f"has one teacher, {training.teachers[0]!r}; a router needs at least two teachers. Add the "
+            "scored answers of another one: with one there is nothing to route",
+        )
+    if alpha > 0 and training.learnability_NM is None:
+        raise TableError(
+            scores,
+            f"alpha is {alpha:g} but the table has no learnability: score the responses under the student "
+            "first, or train with alpha 0",
+        )
     return training
 
 
