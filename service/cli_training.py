@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 
 MeasureName = Literal["mean_logprob", "rank_surprisal", "local_logprob"]
 
-_FALLEN_BACK = "cross-validation found no gain over the best single teacher: the router falls back to it"
-
 
 def collect(
     run: RunOption,
@@ -101,6 +99,7 @@ def train(
     as_json: JsonOption = False,
 ) -> None:
     """Train a router on a score table."""
+    from router_model.evaluation import fallen_back_because
     from router_model.pipeline.train import TrainSettings, parse_views
 
     plan = None if recipe is None else _read_recipe(recipe)
@@ -125,7 +124,7 @@ def train(
     lines = [
         f"router {result.checkpoint_id[:12]} for {student!r}: head {result.head!r} on "
         f"{result.n_prompts} prompts x {result.n_teachers} teachers, in {out}",
-        *([] if result.helps else [_FALLEN_BACK]),
+        *([] if result.helps else [fallen_back_because(result.n_prompts)]),
     ]
     show(result.as_json(), as_json, lines)
 
