@@ -20,8 +20,16 @@ from pydantic import (
 
 from clients.canonical import canonical_json
 from clients.errors import ConfigurationError
-from clients.types import HeadChoice, License, Limits, Price, Project, StudentSpec, TeacherSpec
-from router_model.reward import LearnabilityMeasure
+from clients.types import (
+    HeadChoice,
+    LearnabilityMeasure,
+    License,
+    Limits,
+    Price,
+    Project,
+    StudentSpec,
+    TeacherSpec,
+)
 
 Identifier = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[^\s/]+(/[^\s/]+)*$")]
 Named = TypeVar("Named", "StudentSection", "TeacherSection")

@@ -102,6 +102,16 @@ def test_it_is_judged_and_routes(folder: Path) -> None:
         assert json.loads(done.stdout)["teacher"] == teacher
 
 
+@pytest.mark.parametrize("option", [("--alpha", "0.4"), ("--head", "bt"), ("--quality-from", "checkpoint")])
+def test_what_the_recipe_decides_is_refused_beside_it(folder: Path, option: tuple[str, str]) -> None:
+    """Even its default value: the recipe has another alpha, and would win without a word."""
+    train = ("train", "--scores", "scores.jsonl", "--recipe", "recipe.yaml", "--out", "other", *option)
+    done = persyn(folder, *train)
+    assert done.returncode == 2
+    assert option[0] in done.stderr
+    assert "the recipe decides this" in done.stderr
+
+
 def test_changed_weights_are_refused_by_name(folder: Path) -> None:
     """One byte is enough, in ``route`` as in ``evaluate``; without the file likewise."""
     weights = folder / "checkpoint" / WEIGHTS_FILE
