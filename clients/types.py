@@ -9,6 +9,8 @@ ChatMessage = Mapping[str, Any]
 
 CacheMode = Literal["use", "refresh", "off"]
 Strategy = Literal["persyn", "strong", "mix", "family_strong", "car", "best_single", "random"]
+LearnabilityMeasure = Literal["mean_logprob", "rank_surprisal", "local_logprob"]
+"""What learnability is measured by; the measures are defined in ``router_model.learnability_measures``."""
 HeadChoice = Literal[
     "auto",
     "constant",

@@ -7,7 +7,7 @@ import numpy as np
 
 from router_model.checkpoint import Manifest
 from router_model.choices import Choices, expected, highest, mean_expected
-from router_model.evaluation_set import EvaluationSet, reward_at
+from router_model.evaluation_set import EvaluationSet
 from router_model.gap import Contest
 from router_model.outlook import ALPHAS, Outlook, RouterOutput
 
@@ -33,7 +33,7 @@ def alpha_points(output: RouterOutput, held: EvaluationSet, manifest: Manifest) 
 
 def _point(alpha: float, outlook: Outlook, held: EvaluationSet, manifest: Manifest) -> AlphaPoint:
     table = held.table
-    reward_NM = reward_at(table, manifest, alpha)
+    reward_NM = table.rewards(alpha, manifest.normalization)
     single_column = manifest.best_single(alpha)
     single = _single(single_column, held, manifest)
     # A router that has fallen back is the best single teacher, also in what it does where that is missing.

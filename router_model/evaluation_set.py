@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from router_model.checkpoint import Manifest
 from router_model.errors import TableError
-from router_model.reward import all_equal, mix_reward
+from router_model.reward import all_equal
 from router_model.table import ScoreTable
 
 FloatArray = NDArray[np.float64]
@@ -66,7 +66,7 @@ def held_out(table: ScoreTable, manifest: Manifest) -> EvaluationSet:
             f"has no learnability, but the checkpoint's alpha is {manifest.alpha:g}: score the responses "
             "under the student first, or train a router with alpha 0",
         )
-    reward_NM = reward_at(chosen, manifest, manifest.alpha)
+    reward_NM = chosen.rewards(manifest.alpha, manifest.normalization)
     return EvaluationSet(chosen, reward_NM, columns, (*notes, *_notes_on_equals(chosen, reward_NM)))
 
 
@@ -81,18 +81,3 @@ def _notes_on_equals(table: ScoreTable, reward_NM: FloatArray) -> list[str]:
             "all responses to a prompt have the same learnability: quality alone decides at any alpha below 1"
         ]
     return []
-
-
-def reward_at(table: ScoreTable, manifest: Manifest, alpha: float) -> FloatArray:
-    """Rewards of a table's responses at ``alpha``, NM, normalised as in training; NaN in masked cells.
-
-    Raises:
-        RouterError: alpha is outside [0, 1], or above 0 and the table has no learnability.
-    """
-    return mix_reward(
-        table.quality_NM,
-        table.learnability_NM,
-        table.mask_NM,
-        alpha=alpha,
-        normalization=manifest.normalization,
-    )

@@ -1,17 +1,16 @@
 """The recipe of a fine-tuning run: every number that shapes it, read strictly from YAML."""
 
 import math
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from clients.errors import ConfigurationError
 from router_model.objectives import OBJECTIVES
 from router_model.reward import Normalization
 from router_model.views import Pooling
+from router_model.yaml_file import read_yaml, unknown_key
 
 
 def _known_objective(name: str) -> str:
@@ -85,37 +84,22 @@ def read_recipe(path: Path) -> FineTuneRecipe:
 
     Raises:
         ConfigurationError: The file cannot be read, or a key is unknown, missing, repeated or out of its
-            range; the message names each such key.
+            range; the message names each such key and its line.
     """
+    file = read_yaml(path, otherwise="a recipe is keys with their values, as those in recipes/")
     try:
-        text = path.read_text(encoding="utf-8")
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
-        content = yaml.safe_load(text)
-    except OSError as error:
-        raise ConfigurationError(f"{path}: cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise ConfigurationError(f"{path}: not valid YAML: {error}") from error
-    if not isinstance(root, yaml.MappingNode) or not isinstance(content, dict):
-        raise ConfigurationError(f"{path}: holds no mapping of a recipe's keys to their values")
-    keys = [str(key.value) for key, _ in root.value]
-    # YAML would keep the last of two equal keys and drop the first without a word.
-    repeated = sorted({key for key in keys if keys.count(key) > 1})
-    if repeated:
-        raise ConfigurationError(f"{path}: key {repeated[0]!r} stands twice")
-    try:
-        return FineTuneRecipe.model_validate(content)
+        return FineTuneRecipe.model_validate(file.content)
     except ValidationError as error:
-        mistakes = [_mistake(item) for item in error.errors(include_url=False)]
-        raise ConfigurationError("\n".join(f"{path}: {mistake}" for mistake in mistakes)) from None
+        mistakes = [
+            f"{path}:{file.line(item['loc'])}: {_mistake(item)}" for item in error.errors(include_url=False)
+        ]
+        raise ConfigurationError("\n".join(mistakes)) from None
 
 
 def _mistake(item: Any) -> str:
     key, message = str(item["loc"][0]), str(item["msg"]).removeprefix("Value error, ")
     if item["type"] == "extra_forbidden":
-        valid = list(FineTuneRecipe.model_fields)
-        near = get_close_matches(key, valid, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"valid keys: {', '.join(valid)}"
-        return f"unknown key {key!r}; {hint}"
+        return unknown_key(key, key, list(FineTuneRecipe.model_fields))
     if item["type"] == "float_type" and _is_number(item["input"]):
         return f"{key}: YAML reads {item['input']} as text: write it with a point, such as 4.0e-6"
     return f"{key}: {message}"

@@ -14,8 +14,6 @@ from router_model.errors import RouterError
 FloatArray = NDArray[np.float64]
 BoolArray = NDArray[np.bool_]
 Normalization = Literal["minmax", "zscore", "rank", "none"]
-LearnabilityMeasure = Literal["mean_logprob", "rank_surprisal", "local_logprob"]
-"""What learnability is measured by; the measures are defined in ``learnability_measures``."""
 
 
 def normalize(values_NM: FloatArray, mask_NM: BoolArray, method: Normalization = "minmax") -> FloatArray:

@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from clients.types import LearnabilityMeasure
 from router_model.errors import TableError
-from router_model.reward import LearnabilityMeasure
+from router_model.reward import Normalization, mix_reward
 
 FloatArray = NDArray[np.float64]
 BoolArray = NDArray[np.bool_]
@@ -102,6 +103,20 @@ class ScoreTable:
             families=self.families,
             sizes_b=self.sizes_b,
             source=self.source,
+        )
+
+    def rewards(self, alpha: float, normalization: Normalization) -> FloatArray:
+        """Mixed reward of each response at ``alpha``, NM; see ``mix_reward``.
+
+        Raises:
+            RouterError: alpha is outside [0, 1], or above 0 and the table has no learnability.
+        """
+        return mix_reward(
+            self.quality_NM,
+            self.learnability_NM,
+            self.mask_NM,
+            alpha=alpha,
+            normalization=normalization,
         )
 
     def _values(self) -> dict[str, FloatArray]:

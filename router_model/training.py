@@ -18,7 +18,7 @@ from router_model.objective_fit import fit_objective
 from router_model.objectives import OBJECTIVES
 from router_model.outlook import ALPHAS, AlphaCalibration, Mode, Parts
 from router_model.part_fits import PartFits, TrainingData, choose_head, fit_part_ridges
-from router_model.reward import Normalization, mix_reward
+from router_model.reward import Normalization
 from router_model.table import ScoreTable
 from router_model.top_fit import join_tops
 from router_model.unseen import FOLDS_FACT, fold_of_prompt
@@ -175,12 +175,9 @@ def _rewards(
     table: ScoreTable, alpha: float, normalization: Normalization
 ) -> tuple[FloatArray, FloatArray, FloatArray | None]:
     """Mixed reward at alpha, and its parts."""
-    values = table.quality_NM, table.learnability_NM, table.mask_NM
-    reward_NM = mix_reward(*values, alpha=alpha, normalization=normalization)
-    quality_NM = mix_reward(*values, alpha=0.0, normalization=normalization)
-    if table.learnability_NM is None:
-        return reward_NM, quality_NM, None
-    return reward_NM, quality_NM, mix_reward(*values, alpha=1.0, normalization=normalization)
+    reward_NM, quality_NM = (table.rewards(at, normalization) for at in (alpha, 0.0))
+    learnability_NM = None if table.learnability_NM is None else table.rewards(1.0, normalization)
+    return reward_NM, quality_NM, learnability_NM
 
 
 def _calibrations(

@@ -1,11 +1,11 @@
 """Commands from prompts to a judged router: ``collect``, ``score``, ``train``, ``evaluate``, ``run``."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from clients.types import HeadChoice
+from clients.types import HeadChoice, LearnabilityMeasure
 from service.options import DEFAULT_CONFIG, ConfigOption, JsonOption, RunOption, SeedOption, StudentOption
 from service.progress import progress_for
 from service.terminal import EXIT_FAILED, EXIT_SOME_FAILED, show, stopped
@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     from router_model.pipeline.generation import GenerationResult
     from router_model.pipeline.train import TrainResult, TrainSettings
     from router_model.recipe import FineTuneRecipe
-
-MeasureName = Literal["mean_logprob", "rank_surprisal", "local_logprob"]
 
 
 def collect(
@@ -66,6 +64,7 @@ def score(
 
 
 def train(
+    context: typer.Context,
     scores: Annotated[Path, typer.Option("--scores", help="Score table, .parquet or .jsonl.")],
     out: Annotated[Path, typer.Option("--out", help="Folder of the checkpoint.")],
     backbone: Annotated[
@@ -76,7 +75,7 @@ def train(
     student_family: Annotated[str | None, typer.Option("--student-family")] = None,
     alpha: Annotated[float, typer.Option("--alpha", min=0.0, max=1.0, help="Weight of learnability.")] = 0.4,
     learnability: Annotated[
-        MeasureName, typer.Option("--learnability", help="Measure of learnability.")
+        LearnabilityMeasure, typer.Option("--learnability", help="Measure of learnability.")
     ] = "mean_logprob",
     head: Annotated[HeadChoice, typer.Option("--head")] = "auto",
     max_tokens: Annotated[int, typer.Option("--max-tokens", min=8)] = 2048,
@@ -107,8 +106,8 @@ def train(
         backbone = plan.backbone
     if backbone is None:
         raise typer.BadParameter("give a backbone, or a recipe that names one", param_hint="--backbone")
-    if plan is not None and quality_from is not None:
-        raise typer.BadParameter("a recipe trains a backbone of its own", param_hint="--quality-from")
+    if plan is not None:
+        _refuse_beside_recipe(context)
     settings = TrainSettings(
         student=student,
         student_family=student_family,
@@ -151,6 +150,16 @@ def _trained(
         return train_router(
             scores, out, settings, progress=progress, embeddings=cache, quality_from=quality_from
         )
+
+
+def _refuse_beside_recipe(context: typer.Context) -> None:
+    """An option that a recipe decides, or has no use for, would be dropped without a word."""
+    for name in ("alpha", "head", "max_tokens", "views", "embeddings", "quality_from"):
+        # By name: newer releases of typer carry a copy of click, so the enumeration has no one home.
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            option = f"--{name.replace('_', '-')}"
+            raise typer.BadParameter("the recipe decides this: leave the option out", param_hint=option)
 
 
 def _read_recipe(path: Path) -> "FineTuneRecipe":

@@ -10,13 +10,12 @@ from transformers import AutoConfig
 
 from clients.errors import PersynError, TeacherError
 from clients.registry import Endpoint, Registry
-from clients.types import Prompt
+from clients.types import LearnabilityMeasure, Prompt
 from router_model.checkpoint import Manifest, read_checkpoint
 from router_model.inference import backbone_location
 from router_model.pipeline.collect import calibration_prompts, quality_scorer
 from router_model.pipeline.config import ProjectFile, StudentSection, load_project
 from router_model.pipeline.score import split_of
-from router_model.reward import LearnabilityMeasure
 from router_model.table import read_table
 
 State = Literal["ok", "warning", "failed"]

@@ -3,11 +3,9 @@
 import json
 import os
 from collections.abc import Mapping
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-import yaml
 from pydantic import (
     AfterValidator,
     AnyHttpUrl,
@@ -20,8 +18,17 @@ from pydantic import (
 
 from clients.canonical import canonical_json
 from clients.errors import ConfigurationError
-from clients.types import HeadChoice, License, Limits, Price, Project, StudentSpec, TeacherSpec
-from router_model.reward import LearnabilityMeasure
+from clients.types import (
+    HeadChoice,
+    LearnabilityMeasure,
+    License,
+    Limits,
+    Price,
+    Project,
+    StudentSpec,
+    TeacherSpec,
+)
+from router_model.yaml_file import YamlFile, read_yaml, unknown_key
 
 Identifier = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[^\s/]+(/[^\s/]+)*$")]
 Named = TypeVar("Named", "StudentSection", "TeacherSection")
@@ -248,21 +255,11 @@ def load_project(path: Path) -> ProjectFile:
     Raises:
         ConfigurationError: With the line of each mistake, and for an unknown key the nearest valid one.
     """
+    file = read_yaml(path, otherwise="`persyn init` writes an example")
     try:
-        text = path.read_text(encoding="utf-8")
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
-        content = yaml.safe_load(text)
-    except OSError as error:
-        raise ConfigurationError(f"{path}: cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise ConfigurationError(f"{path}: not valid YAML: {error}") from error
-    if not isinstance(content, dict) or root is None:
-        raise ConfigurationError(f"{path}: holds no mapping; `persyn init` writes an example")
-    _refuse_repeated_keys(path, root)
-    try:
-        project = ProjectFile.model_validate(content)
+        project = ProjectFile.model_validate(file.content)
     except ValidationError as error:
-        raise ConfigurationError("\n".join(_explain(path, root, error))) from None
+        raise ConfigurationError("\n".join(_explain(file, error))) from None
     return _with_resolved_paths(project, path.parent)
 
 
@@ -271,23 +268,9 @@ def project_schema() -> dict[str, Any]:
     return ProjectFile.model_json_schema()
 
 
-def _refuse_repeated_keys(path: Path, node: yaml.Node) -> None:
-    """YAML would keep the last of two equal keys and drop the first without a word."""
-    if isinstance(node, yaml.SequenceNode):
-        for child in node.value:
-            _refuse_repeated_keys(path, child)
-    elif isinstance(node, yaml.MappingNode):
-        seen: set[str] = set()
-        for key, value in node.value:
-            if key.value in seen:
-                raise ConfigurationError(f"{path}:{key.start_mark.line + 1}: key {key.value!r} stands twice")
-            seen.add(key.value)
-            _refuse_repeated_keys(path, value)
-
-
-def _explain(path: Path, root: yaml.Node, error: ValidationError) -> list[str]:
+def _explain(file: YamlFile, error: ValidationError) -> list[str]:
     return [
-        f"{path}:{_line(root, item['loc'])}: {_mistake(item['loc'], item['type'], item['msg'])}"
+        f"{file.path}:{file.line(item['loc'])}: {_mistake(item['loc'], item['type'], item['msg'])}"
         for item in error.errors(include_url=False)
     ]
 
@@ -295,10 +278,7 @@ def _explain(path: Path, root: yaml.Node, error: ValidationError) -> list[str]:
 def _mistake(location: tuple[int | str, ...], kind: str, message: str) -> str:
     where = ".".join(str(part) for part in location) or "the file"
     if kind == "extra_forbidden":
-        valid = _valid_keys(location[:-1])
-        near = get_close_matches(str(location[-1]), valid, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"valid here: {', '.join(valid)}"
-        return f"unknown key {where!r}; {hint}"
+        return unknown_key(where, str(location[-1]), _valid_keys(location[:-1]))
     return f"{where}: {message.removeprefix('Value error, ')}"
 
 
@@ -311,23 +291,6 @@ def _valid_keys(location: tuple[int | str, ...]) -> list[str]:
         if "$ref" in node:
             node = schema["$defs"][node["$ref"].rsplit("/", 1)[-1]]
     return list(node.get("properties", {}))
-
-
-def _line(root: yaml.Node, location: tuple[int | str, ...]) -> int:
-    """1-based line of the node at ``location``, or of the nearest one above it that exists."""
-    node, line = root, root.start_mark.line
-    for part in location:
-        if isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
-            node = node.value[part]
-            line = node.start_mark.line
-        elif isinstance(node, yaml.MappingNode):
-            found = next(((key, value) for key, value in node.value if key.value == part), None)
-            if found is None:
-                break
-            line, node = found[0].start_mark.line, found[1]
-        else:
-            break
-    return line + 1
 
 
 def _with_resolved_paths(project: ProjectFile, folder: Path) -> ProjectFile:

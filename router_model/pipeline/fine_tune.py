@@ -8,23 +8,21 @@ import numpy as np
 from safetensors.torch import save
 
 from router_model.backbone import Backbone, load_backbone
-from router_model.checkpoint import StudentFacts, write_checkpoint
 from router_model.embedding_cache import encode_all
 from router_model.fine_tuning import FineTuned, fine_tune
 from router_model.heads import LinearHead
 from router_model.linear_fit import LinearMap
-from router_model.pipeline.artifacts import git_revision
 from router_model.pipeline.progress import Progress
 from router_model.pipeline.train import (
     TrainResult,
     TrainSettings,
     backbone_facts,
-    train_result,
+    save_router,
     training_facts,
     training_table,
 )
 from router_model.recipe import FineTuneRecipe
-from router_model.reward import mix_reward
+from router_model.table import ScoreTable
 from router_model.training import TunedHead, fit_router, require_trainable
 
 
@@ -44,13 +42,34 @@ def fine_tune_router(
     """
     training = training_table(scores, settings.learnability)
     require_trainable(training, alpha=recipe.alpha)
-    rewards_NM = mix_reward(
-        training.quality_NM,
-        training.learnability_NM,
-        training.mask_NM,
+    tuned = _fine_tuned(training, settings, recipe, progress)
+    backbone = _tuned_backbone(settings.backbone, tuned)
+    model = fit_router(
+        encode_all(backbone, training.prompts).features_BD,
+        training,
         alpha=recipe.alpha,
         normalization=recipe.normalization,
+        head_kind=recipe.objective,
+        seed=settings.seed,
+        tuned=_tuned_head(tuned, recipe),
     )
+    weights = save({name: tensor.contiguous() for name, tensor in tuned.state.items()}, {"format": "pt"})
+    digest = hashlib.sha256(weights).hexdigest()
+    return save_router(
+        folder,
+        model,
+        settings,
+        training,
+        backbone=backbone_facts(settings.backbone, backbone, weights_sha256=digest),
+        seen=training_facts(training),
+        backbone_weights=weights,
+    )
+
+
+def _fine_tuned(
+    training: ScoreTable, settings: TrainSettings, recipe: FineTuneRecipe, progress: Progress
+) -> FineTuned:
+    """The best epoch, with each step told to ``progress``."""
     progress.start("fine-tune", total=training.n_prompts * recipe.epochs)
     done = 0
 
@@ -62,38 +81,14 @@ def fine_tune_router(
     tuned = fine_tune(
         settings.backbone,
         training.prompts,
-        rewards_NM,
+        training.rewards(recipe.alpha, recipe.normalization),
         training.mask_NM,
         recipe,
         seed=settings.seed,
         progress=advance,
     )
     progress.finish()
-    weights = save({name: tensor.contiguous() for name, tensor in tuned.state.items()}, {"format": "pt"})
-    backbone = _tuned_backbone(settings.backbone, tuned)
-    encoded = encode_all(backbone, training.prompts)
-    model = fit_router(
-        encoded.features_BD,
-        training,
-        alpha=recipe.alpha,
-        normalization=recipe.normalization,
-        head_kind=recipe.objective,
-        seed=settings.seed,
-        tuned=_tuned_head(tuned, recipe),
-    )
-    checkpoint_id = write_checkpoint(
-        folder,
-        model,
-        student=StudentFacts(settings.student, settings.student_family),
-        backbone=backbone_facts(
-            settings.backbone, backbone, weights_sha256=hashlib.sha256(weights).hexdigest()
-        ),
-        training=training_facts(training),
-        learnability=settings.learnability,
-        git_revision=git_revision(Path.cwd()),
-        backbone_weights=weights,
-    )
-    return train_result(checkpoint_id, model, training, folder)
+    return tuned
 
 
 def _tuned_backbone(name: str, tuned: FineTuned) -> Backbone:

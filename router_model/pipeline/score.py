@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from clients.canonical import content_hash
-from clients.types import Prompt, TeacherSpec
+from clients.types import LearnabilityMeasure, Prompt, TeacherSpec
 from router_model.errors import PipelineError, RouterError
 from router_model.learnability import load_student, score_learnability
 from router_model.pipeline.artifacts import (
@@ -28,7 +28,6 @@ from router_model.pipeline.collect import collected_answers, collected_prompts, 
 from router_model.pipeline.config import ProjectFile, QualitySection, StudentSection
 from router_model.pipeline.progress import Progress
 from router_model.pipeline.prompts import unit_hash
-from router_model.reward import LearnabilityMeasure
 from router_model.table import LEARNABILITY_COLUMNS
 from router_model.tokenization import prompt_text
 

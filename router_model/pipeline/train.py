@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from clients.types import HeadChoice
+from clients.types import HeadChoice, LearnabilityMeasure
 from router_model.backbone import Backbone, load_backbone
 from router_model.checkpoint import (
     BackboneFacts,
@@ -22,7 +22,7 @@ from router_model.errors import TableError
 from router_model.model import RouterModel
 from router_model.pipeline.artifacts import git_revision
 from router_model.pipeline.progress import Progress
-from router_model.reward import LearnabilityMeasure, Normalization
+from router_model.reward import Normalization
 from router_model.table import ScoreTable, read_table
 from router_model.training import fit_router, require_trainable
 
@@ -117,16 +117,7 @@ def train_router(
         model, seen = donor.completed(model, seen)
     progress.advance()
     progress.finish()
-    checkpoint_id = write_checkpoint(
-        folder,
-        model,
-        student=StudentFacts(settings.student, settings.student_family),
-        backbone=facts,
-        training=seen,
-        learnability=settings.learnability,
-        git_revision=git_revision(Path.cwd()),
-    )
-    return train_result(checkpoint_id, model, training, folder)
+    return save_router(folder, model, settings, training, backbone=facts, seen=seen)
 
 
 def training_table(scores: Path, learnability: LearnabilityMeasure) -> ScoreTable:
@@ -165,8 +156,31 @@ def training_facts(training: ScoreTable) -> TrainingFacts:
     return TrainingFacts(training.content_sha256, training.n_prompts, training.prompt_hashes())
 
 
-def train_result(checkpoint_id: str, model: RouterModel, training: ScoreTable, folder: Path) -> TrainResult:
-    """The result of a training run."""
+def save_router(
+    folder: Path,
+    model: RouterModel,
+    settings: TrainSettings,
+    training: ScoreTable,
+    *,
+    backbone: BackboneFacts,
+    seen: TrainingFacts,
+    backbone_weights: bytes | None = None,
+) -> TrainResult:
+    """Write the checkpoint of a training run.
+
+    Raises:
+        CheckpointError: The folder cannot be written, or is something else than a checkpoint.
+    """
+    checkpoint_id = write_checkpoint(
+        folder,
+        model,
+        student=StudentFacts(settings.student, settings.student_family),
+        backbone=backbone,
+        training=seen,
+        learnability=settings.learnability,
+        git_revision=git_revision(Path.cwd()),
+        backbone_weights=backbone_weights,
+    )
     return TrainResult(
         checkpoint_id=checkpoint_id,
         head=model.kind,

@@ -95,6 +95,7 @@ def test_an_unknown_key_is_named_with_its_line_and_the_nearest(
         ("quality:", "reward: {learnability: rsr}\nquality:", "reward.learnability: Input should be"),
         ("version: 1", "version: 1\nversion: 1", "stands twice"),
         ("version: 1", "version: [", "not valid YAML"),
+        ("version: 1", "version: &again [*again]", "not valid YAML"),
     ],
 )
 def test_bad_values_are_refused_with_a_reason(tmp_path: Path, old: str, new: str, words: str) -> None:

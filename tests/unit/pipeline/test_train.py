@@ -26,27 +26,26 @@ def on_frozen_features(scores: Path, folder: Path, settings: TrainSettings) -> o
 
 @pytest.mark.parametrize("train", [by_recipe, on_frozen_features])
 @pytest.mark.parametrize(
-    ("teachers", "split", "alpha", "reason"),
+    ("facts", "alpha", "reason"),
     [
-        (("alpaca",), None, 0.0, "at least two teachers: add"),
-        (("alpaca", "bison"), "test", 0.0, "nothing is left to train on"),
-        (("alpaca", "bison"), None, 0.4, "or train with alpha 0"),
+        ([{"teacher": "alpaca"}], 0.0, "at least two teachers: add"),
+        ([{"teacher": name, "split": "test"} for name in ("alpaca", "bison")], 0.0, "nothing is left"),
+        ([{"teacher": name} for name in ("alpaca", "bison")], 0.4, "or train with alpha 0"),
     ],
 )
 def test_a_table_is_refused_before_the_backbone_is_loaded(
     *,
     tmp_path: Path,
     train: Callable[[Path, Path, TrainSettings], object],
-    teachers: tuple[str, ...],
-    split: str | None,
+    facts: list[dict[str, str]],
     alpha: float,
     reason: str,
 ) -> None:
     """There is no such backbone, but it is the table that is named, with what to do."""
     rows = [
-        {"prompt_id": f"{n}", "prompt": f"Say {n}.", "teacher": teacher, "quality": 1.0, "split": split}
+        {"prompt_id": f"{n}", "prompt": f"Say {n}.", "quality": 1.0, **fact}
         for n in range(3)
-        for teacher in teachers
+        for fact in facts
     ]
     scores = tmp_path / "scores.jsonl"
     scores.write_text("".join(f"{json.dumps(row)}\n" for row in rows))

@@ -11,7 +11,7 @@ import pytest
 from router_model.checkpoint import TrainingFacts
 from router_model.errors import TableError
 from router_model.evaluation import HELPS, HELPS_NOT, evaluate, fallen_back_because
-from router_model.evaluation_set import held_out, reward_at
+from router_model.evaluation_set import held_out
 from router_model.report import report_markdown
 from tests.unit.router_model.doubles import fake_output, planned_manifest
 from tests.unit.router_model.worlds import TEACHERS, linear_world, make_manifest, make_table, summary
@@ -30,7 +30,7 @@ def planted(
         for name, mean in zip(TEACHERS, quality.mean(axis=0), strict=True)
     ]
     manifest = planned_manifest(teachers, alpha=0.0)
-    reward = reward_at(training, manifest, 0.0)
+    reward = training.rewards(0.0, manifest.normalization)
     weights = np.linalg.lstsq(features, reward - reward.mean(axis=0), rcond=None)[0]
     new_features, new_quality = linear_world(n_test, noise=noise, seed=1)
     strengths = new_features @ weights + reward.mean(axis=0)

@@ -36,7 +36,7 @@ def test_a_backbone_is_all_that_a_recipe_must_name(tmp_path: Path) -> None:
     [
         ("alpha: 0.4", r"backbone: Field required"),
         ("backbone: m\nlearning_rat: 0.1", r"unknown key 'learning_rat'; did you mean 'learning_rate'\?"),
-        ("backbone: m\nzzz: 0.1", r"unknown key 'zzz'; valid keys: backbone, alpha"),
+        ("backbone: m\nzzz: 0.1", r"unknown key 'zzz'; valid here: backbone, alpha"),
         ("backbone: m\nlearning_rate: 4e-6", r"learning_rate: YAML reads 4e-6 as text: .* 4\.0e-6"),
         ("backbone: m\nlearning_rate: fast", r"learning_rate: Input should be a valid number"),
         ("backbone: m\nlearning_rate: 0.0", r"learning_rate: .*greater than 0"),
@@ -59,8 +59,8 @@ def test_a_backbone_is_all_that_a_recipe_must_name(tmp_path: Path) -> None:
     ],
 )
 def test_a_mistake_is_named_by_its_key(tmp_path: Path, text: str, message: str) -> None:
-    """With the file."""
-    with pytest.raises(ConfigurationError, match=rf"recipe\.yaml: {message}"):
+    """With the file, and the line where there is one."""
+    with pytest.raises(ConfigurationError, match=rf"recipe\.yaml(:\d)?: {message}"):
         read_recipe(write(tmp_path, text))
 
 
@@ -68,7 +68,11 @@ def test_all_mistakes_are_said_at_once(tmp_path: Path) -> None:
     """One line each."""
     with pytest.raises(ConfigurationError) as caught:
         read_recipe(write(tmp_path, "backbone: m\nepochs: 0\nbeta1: 1.0"))
-    assert [line.split(": ")[1] for line in str(caught.value).splitlines()] == ["beta1", "epochs"]
+    lines = [line.removeprefix(str(tmp_path)) for line in str(caught.value).splitlines()]
+    assert [line.split(": ")[:2] for line in lines] == [
+        ["/recipe.yaml:3", "beta1"],
+        ["/recipe.yaml:2", "epochs"],
+    ]
 
 
 def test_a_recipe_that_is_not_there_is_said(tmp_path: Path) -> None:

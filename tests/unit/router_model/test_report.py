@@ -12,7 +12,7 @@ from router_model.alpha_curve import ALPHAS
 from router_model.curve_plots import alpha_labels
 from router_model.errors import RouterError
 from router_model.evaluation import evaluate
-from router_model.evaluation_set import held_out, reward_at
+from router_model.evaluation_set import held_out
 from router_model.learning_curve import PowerLaw
 from router_model.picture import tick_name
 from router_model.plots import write_plots
@@ -41,7 +41,7 @@ def full_report(*, helps: bool = True, curves: bool = True) -> dict[str, Any]:
         manifest = dataclasses.replace(manifest, facts={"label_curve": rows})
     table = make_table(quality, learnability)
     noise = 0.4 * rng.normal(size=quality.shape)
-    seen = {alpha: reward_at(table, manifest, alpha) + noise for alpha in (0.4, *ALPHAS)}
+    seen = {alpha: table.rewards(alpha, manifest.normalization) + noise for alpha in (0.4, *ALPHAS)}
     others = {alpha: FakeOutlook(seen[alpha], helps=alpha < 0.85) for alpha in ALPHAS} if curves else {}
     output = fake_output(seen[0.4], others=others, helps=helps, conformal_width=1.0, coverage=0.9)
     baselines = {"knn": seen[0.4] + rng.normal(size=quality.shape), "paper_bt": noise}

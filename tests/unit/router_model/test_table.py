@@ -10,8 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from clients.types import LearnabilityMeasure
 from router_model.errors import TableError
-from router_model.reward import LearnabilityMeasure
 from router_model.table import read_table
 
 
