@@ -54,7 +54,7 @@ def all_choices(
         try:
             methods[strategy] = _strategy(strategy, strengths_NM, held, manifest)
         except StrategyError as error:
-            notes.append(f"{strategy} is left out: {error.message}")
+            notes.append(f"{strategy} is left out: {error.message.removeprefix(f'{strategy}: ')}")
     for name, baseline_NM in baselines_NM.items():
         methods[name] = highest(baseline_NM, held.table.mask_NM)
     methods["oracle"] = highest(held.reward_NM, held.table.mask_NM)

@@ -51,17 +51,20 @@ def _draw_gap(axes: Axes, curve: Sequence[Mapping[str, Any]], trained: float) ->
 
 def _draw_trade(axes: Axes, curve: Sequence[Mapping[str, Any]]) -> None:
     for facts, colour, marker, label in (
-        (curve, ROUTER, "o", "router"),
+        # The router last: where it falls back, it stands on the same points.
         ([point["best_single"] for point in curve], OTHER, "s", "best single teacher"),
+        (curve, ROUTER, "o", "router"),
     ):
         axes.plot(
             [fact["mean_quality"] for fact in facts],
             [fact["mean_learnability"] for fact in facts],
             color=colour,
             marker=marker,
+            # Smaller than the square, which shows below it.
+            markersize=8 if marker == "s" else 5,
             label=label,
         )
-    axes.margins(0.12)
+    axes.margins(0.15)
     for text, quality, learnability in alpha_labels(curve):
         axes.annotate(
             text,

@@ -20,10 +20,8 @@ FloatArray = NDArray[np.float64]
 
 HELPS = "routing helps"
 HELPS_NOT = "routing does not help here: use best_single"
-TOO_FEW = "too few held-out prompts to say that routing helps: use best_single, or evaluate on more"
-
-_MIN_PROMPTS = 6
-"""With fewer, a router without any use wins on all of them too often: 2 * 2**-5 is above 5 %."""
+MIN_PROMPTS_FOR_VERDICT = 10
+"""Of fewer prompts, the resamples differ too little for their interval to be one."""
 
 
 def evaluate(
@@ -52,10 +50,17 @@ def evaluate(
     calibration = pairwise_calibration(strengths_NM, held.reward_NM)
     label_curve = list(manifest.facts.get("label_curve") or [])
     low = methods["persyn"]["gap_closed"]["ci95"]
-    helps = outlook.helps and low is not None and low[0] > 0
-    fallen_back = [] if outlook.helps else [fallen_back_because(manifest.training.n_prompts)]
+    n_prompts = held.table.n_prompts
+    enough = n_prompts >= MIN_PROMPTS_FOR_VERDICT
+    helps = outlook.helps and enough and low is not None and low[0] > 0
+    remarks = [] if outlook.helps else [fallen_back_because(manifest.training.n_prompts)]
+    if not enough:
+        remarks.append(
+            f"{n_prompts} held-out prompts are too few to say that routing helps; "
+            f"{MIN_PROMPTS_FOR_VERDICT} are needed, and some hundreds give a narrow interval"
+        )
     return {
-        "n_prompts": held.table.n_prompts,
+        "n_prompts": n_prompts,
         "n_teachers": held.table.n_teachers,
         "alpha": manifest.alpha,
         "learnability": manifest.learnability,
@@ -72,9 +77,9 @@ def evaluate(
         "out_of_distribution": float(output.out_of_distribution_B.mean()),
         "curves": {"alpha": curve, "labels": label_curve},
         "label_advice": advise(label_curve),
-        "verdict": _verdict(held.table.n_prompts, helps=helps),
+        "verdict": HELPS if helps else HELPS_NOT,
         "fallen_back": not outlook.helps,
-        "notes": [*fallen_back, *held.notes, *notes],
+        "notes": [*remarks, *held.notes, *notes],
     }
 
 
@@ -83,13 +88,6 @@ def fallen_back_because(n_training_prompts: int) -> str:
     few = f"{n_training_prompts} training prompts cannot show a gain, {MIN_PROMPTS_TO_ROUTE} are needed"
     reason = few if n_training_prompts < MIN_PROMPTS_TO_ROUTE else "cross-validation found no gain"
     return f"the router has fallen back to the best single teacher: {reason}"
-
-
-def _verdict(n_prompts: int, *, helps: bool) -> str:
-    """The bootstrap over a few prompts that agree has no width, and would call any luck a gain."""
-    if not helps:
-        return HELPS_NOT
-    return HELPS if n_prompts >= _MIN_PROMPTS else TOO_FEW
 
 
 def _judged(

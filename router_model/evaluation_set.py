@@ -29,29 +29,30 @@ def held_out(table: ScoreTable, manifest: Manifest) -> EvaluationSet:
     """The prompts of a table on which a router may be judged: not marked ``train``, not trained on.
 
     Raises:
-        TableError: No prompt is left, or the table has a teacher that the checkpoint does not know.
-        RouterError: The checkpoint's alpha needs a learnability that the table does not have.
+        TableError: No prompt is left, the table has a teacher that the checkpoint does not know, or it lacks
+            the learnability that the checkpoint's alpha needs.
     """
     known = [teacher.id for teacher in manifest.teachers]
     strangers = [teacher for teacher in table.teachers if teacher not in known]
     if strangers:
         raise TableError(
             table.source,
-            f"has teachers that the checkpoint does not know: {', '.join(strangers)}; it knows "
-            f"{', '.join(known)}. Add them to it with `persyn extend`, or leave their rows out",
+            f"{', '.join(map(repr, strangers))} unknown to the checkpoint, whose teachers are "
+            f"{', '.join(map(repr, known))}: leave them out of the table, or add them by `persyn extend`",
         )
     trained = set(manifest.training.prompt_sha256)
     seen_N = np.array([digest in trained for digest in table.prompt_hashes()])
     marked_N = np.array([split == "train" for split in table.split_N])
-    alone_N = table.mask_NM.sum(axis=1) < 2
+    alone_N = ~seen_N & ~marked_N & (table.mask_NM.sum(axis=1) < 2)
     kept_N = ~seen_N & ~marked_N & ~alone_N
     if not kept_N.any():
+        n_marked = int((marked_N & ~seen_N).sum())
         raise TableError(
             table.source,
             f"has no prompt to evaluate on: of {table.n_prompts}, {int(seen_N.sum())} were trained on, "
-            f"{int(marked_N.sum())} are marked 'train', {int(alone_N.sum())} have one teacher's response only"
-            ". Give a table of other prompts with two teachers each, or mark some with split = 'test' before "
-            "training",
+            f"{n_marked} others are marked 'train', and {int(alone_N.sum())} have fewer than two responses. "
+            "Give a table of other prompts with several teachers' responses, or mark some with "
+            "split = 'test' before training",
         )
     chosen = table.select(kept_N)
     n_dropped = table.n_prompts - chosen.n_prompts
@@ -59,6 +60,12 @@ def held_out(table: ScoreTable, manifest: Manifest) -> EvaluationSet:
     absent = [name for name in known if name not in table.teachers]
     notes += [f"the table has no responses of {', '.join(absent)}"] if absent else []
     columns = tuple(known.index(name) for name in table.teachers)
+    if manifest.alpha > 0 and table.learnability_NM is None:
+        raise TableError(
+            table.source,
+            f"has no learnability, but the checkpoint's alpha is {manifest.alpha:g}: score the responses "
+            "under the student first, or train a router with alpha 0",
+        )
     reward_NM = reward_at(chosen, manifest, manifest.alpha)
     return EvaluationSet(chosen, reward_NM, columns, (*notes, *_notes_on_equals(chosen, reward_NM)))
 

@@ -64,6 +64,7 @@ def _methods(report: Mapping[str, Any]) -> Figure:
             text, (max(0.0, facts["mean_reward"]), row), (6, 0), textcoords="offset points", va="center"
         )
     low, high = min(0.0, *rewards), max(0.0, *rewards)
+    axes.set_xticks([tick for tick in axes.get_xticks() if low <= tick <= high])
     axes.set_xlim(low, high + 0.85 * (high - low))
     axes.grid(axis="x", color=GRID)
     axes.set_xlabel("mean reward (normalised within the prompt)")
@@ -94,16 +95,17 @@ def _win_tie_loss(report: Mapping[str, Any]) -> Figure:
 
 
 def _shares(report: Mapping[str, Any]) -> Figure:
-    shares = sorted(report["methods"]["persyn"]["share"].items(), key=lambda pair: pair[1])
-    ideal = report["methods"]["oracle"]["share"]
-    figure, axes = new_figure(8, 0.42 * len(shares) + 1.8)
-    rows = range(len(shares))
-    axes.barh([row + 0.2 for row in rows], [share for _, share in shares], 0.36, color=ROUTER, label="router")
-    axes.barh(
-        [row - 0.2 for row in rows], [ideal[name] for name, _ in shares], 0.36, color=OTHER, label="oracle"
-    )
-    axes.set_yticks(list(rows), [tick_name(name) for name, _ in shares], fontsize=9)
-    axes.set_ylim(-0.6, len(shares) - 0.4)
+    routed, ideal = (report["methods"][method]["share"] for method in ("persyn", "oracle"))
+    names = sorted(routed, key=lambda name: (routed[name], ideal[name]))
+    figure, axes = new_figure(8, 0.42 * len(names) + 1.8)
+    rows = range(len(names))
+    for share_of, offset, colour, label in ((routed, 0.2, ROUTER, "router"), (ideal, -0.2, OTHER, "oracle")):
+        shares = [share_of[name] for name in names]
+        bars = axes.barh([row + offset for row in rows], shares, 0.36, color=colour, label=label)
+        axes.bar_label(bars, [f"{share:.0%}" for share in shares], padding=3, fontsize=8)
+    axes.set_yticks(list(rows), [tick_name(name) for name in names], fontsize=9)
+    axes.set_ylim(-0.6, len(names) - 0.4)
+    axes.margins(x=0.08)
     axes.xaxis.set_major_formatter("{x:.0%}")
     axes.grid(axis="x", color=GRID)
     axes.set_xlabel("share of the prompts")

@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from router_model.evaluation import MIN_PROMPTS_FOR_VERDICT
+
 _MEASURES = {
     "mean_logprob": "mean log-probability, nats per token",
     "rank_surprisal": "minus the rank-surprisal ratio",
@@ -39,7 +41,6 @@ def summary_lines(report: Mapping[str, Any]) -> list[str]:
     """The main lines of a report, for a terminal."""
     methods = report["methods"]
     persyn = methods["persyn"]
-    shares = sorted(persyn["share"].items(), key=lambda pair: -pair[1])
     return [
         f"verdict: {report['verdict']}",
         *([f"note: {report['notes'][0]}"] if report["fallen_back"] else []),
@@ -48,8 +49,26 @@ def summary_lines(report: Mapping[str, Any]) -> list[str]:
         f"alpha {report['alpha']:g}, head {report['head']})",
         "mean reward:  "
         + "   ".join(f"{name} {methods[name]['mean_reward']:.3f}" for name in _MAIN if name in methods),
-        "share per teacher:  " + "   ".join(f"{name} {share:.0%}" for name, share in shares),
+        f"best single teacher: {_best_single(report)}",
+        "share per teacher:  " + "   ".join(_shares(persyn["share"], n_most=len(persyn["share"]))),
         f"labels: {report['label_advice']['text']}",
+    ]
+
+
+def _best_single(report: Mapping[str, Any]) -> str:
+    """Its id. Where it has no response another one stands in, so the one with the largest share."""
+    shares: Mapping[str, float] = report["methods"]["best_single"]["share"]
+    return max(shares, key=shares.__getitem__)
+
+
+def _shares(share_of: Mapping[str, float], *, n_most: int) -> list[str]:
+    """The largest shares, then how much is left for how many; who answers nothing is only counted."""
+    asked = sorted(((name, share) for name, share in share_of.items() if share), key=lambda pair: -pair[1])
+    rest, n_silent = asked[n_most:], len(share_of) - len(asked)
+    return [
+        *(f"{name} {share:.0%}" for name, share in asked[:n_most]),
+        *([f"{len(rest)} others together {sum(share for _, share in rest):.0%}"] if rest else []),
+        *([f"{n_silent} never asked"] if n_silent else []),
     ]
 
 
@@ -89,18 +108,17 @@ def _head(report: Mapping[str, Any]) -> list[str]:
         f"teachers and alpha = {report['alpha']:g}, {_gap_sentence(persyn['gap_closed'])} Its reward is "
         f"above the best single teacher's on {duel['win']:.0%} of the prompts, equal on {duel['tie']:.0%} "
         f"and below on {duel['loss']:.0%}. Routing is said to help only if the whole interval is above zero, "
-        "on six prompts or more.",
+        f"on {MIN_PROMPTS_FOR_VERDICT} prompts or more.",
+        "",
+        f"The best single teacher, chosen on the training prompts, is `{_best_single(report)}`.",
         "",
     ]
 
 
 def _gap_sentence(gap: Mapping[str, Any]) -> str:
     if gap["value"] is None:
-        return "there is no gap to close: the best single teacher, chosen in training, is the oracle."
-    return (
-        f"it closes {gap_text(gap)} of the gap between the best single teacher (chosen on the training "
-        "prompts) and the oracle."
-    )
+        return "there is no gap to close: the best single teacher is the oracle."
+    return f"it closes {gap_text(gap)} of the gap between the best single teacher and the oracle."
 
 
 def _sentence(text: str) -> str:
@@ -143,14 +161,11 @@ def _method_line(name: str, facts: Mapping[str, Any]) -> str:
 
 
 def _who_answers(report: Mapping[str, Any]) -> list[str]:
-    shares = sorted(report["methods"]["persyn"]["share"].items(), key=lambda pair: -pair[1])
-    listed = ", ".join(f"{name} {share:.0%}" for name, share in shares[:_N_SHARES])
-    rest = shares[_N_SHARES:]
-    others = f", the other {len(rest)} together {sum(share for _, share in rest):.0%}" if rest else ""
+    shares = _shares(report["methods"]["persyn"]["share"], n_most=_N_SHARES)
     return [
         "## Who answers",
         "",
-        f"{listed}{others}.",
+        f"{', '.join(shares)}.",
         "",
         "![Share of prompts per teacher](shares.png)",
         "",
@@ -162,7 +177,8 @@ def _alpha(report: Mapping[str, Any]) -> list[str]:
     if not curve:
         return []
     first, last = curve[0], curve[-1]
-    fallen = ", ".join(f"{point['alpha']:g}" for point in curve if not point["helps"])
+    fallen = [f"{point['alpha']:g}" for point in curve if not point["helps"]]
+    where = "every alpha" if len(fallen) == len(curve) else f"alpha = {', '.join(fallen)}"
     return [
         "## Other weights of learnability",
         "",
@@ -170,8 +186,7 @@ def _alpha(report: Mapping[str, Any]) -> list[str]:
         f"{first['mean_quality']:.3f} to {last['mean_quality']:.3f}, their mean learnability from "
         f"{first['mean_learnability']:.3f} to {last['mean_learnability']:.3f}. Each gap is measured by the "
         "reward of its own alpha: the curve shows where routing works, not which alpha makes the better "
-        "student."
-        + (f" The router falls back to the best single teacher at alpha = {fallen}." if fallen else ""),
+        "student." + (f" The router falls back to the best single teacher at {where}." if fallen else ""),
         "",
         "![Gap closed, quality and learnability at each alpha](alpha.png)",
         "",

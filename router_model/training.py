@@ -86,7 +86,8 @@ def fit_router(
         TableError: Too few teachers, or a teacher without a response.
         RouterError: alpha, normalisation, head or features do not fit.
     """
-    _require_trainable(features_ND, table)
+    require_trainable(table, alpha=alpha)
+    _require_features(features_ND, table)
     if head_kind not in HEAD_KINDS:
         raise RouterError(f"unknown head {head_kind!r}: expected one of {list(HEAD_KINDS)}")
     reward_NM, quality_NM, learnability_NM = _rewards(table, alpha, normalization)
@@ -251,11 +252,18 @@ def _baselines(data: TrainingData, alpha: float) -> Mapping[str, Head]:
     return {"knn": fit_head("knn", data.design, reward_NM, data.mask_NM).head, "paper_bt": paper.head}
 
 
-def _require_trainable(features_ND: NDArray[np.float32], table: ScoreTable) -> None:
-    """Refuse what no router can be trained on, before any work is done."""
+def require_trainable(table: ScoreTable, *, alpha: float) -> None:
+    """Refuse a table that no router can be trained on. It takes no time, so do it before prompts are encoded.
+
+    Raises:
+        TableError: Fewer than two teachers, no prompt with two responses, a teacher without a response, or
+            no learnability although ``alpha`` is above 0.
+    """
     if table.n_teachers < 2:
         raise TableError(
-            table.source, f"has {table.n_teachers} teacher(s); a router needs at least two teachers"
+            table.source,
+            f"has {table.n_teachers} teacher(s); a router needs at least two teachers: add the responses of "
+            "another to the same prompts",
         )
     if not table.mask_NM.any():
         raise TableError(table.source, "has no prompt to train on")
@@ -264,6 +272,18 @@ def _require_trainable(features_ND: NDArray[np.float32], table: ScoreTable) -> N
     if empty:
         reason = f"teacher {empty[0]!r} has no response among the training prompts; leave it out of the table"
         raise TableError(table.source, reason)
+    if not (table.mask_NM.sum(axis=1) > 1).any():
+        reason = "no training prompt has responses of two teachers, so none can be compared; add responses"
+        raise TableError(table.source, reason)
+    if alpha > 0 and table.learnability_NM is None:
+        raise TableError(
+            table.source,
+            f"has no learnability, but alpha is {alpha:g}: score the responses under the student first, or "
+            "train with alpha 0",
+        )
+
+
+def _require_features(features_ND: NDArray[np.float32], table: ScoreTable) -> None:
     if features_ND.ndim != 2 or len(features_ND) != table.n_prompts:
         raise RouterError(f"features have shape {features_ND.shape}, expected ({table.n_prompts}, width)")
     if not np.isfinite(features_ND).all():

@@ -19,13 +19,13 @@ from router_model.pipeline.train import (
     TrainResult,
     TrainSettings,
     backbone_facts,
-    routable_table,
     train_result,
     training_facts,
+    training_table,
 )
 from router_model.recipe import FineTuneRecipe
 from router_model.reward import mix_reward
-from router_model.training import TunedHead, fit_router
+from router_model.training import TunedHead, fit_router, require_trainable
 
 
 def fine_tune_router(
@@ -42,7 +42,8 @@ def fine_tune_router(
         RouterError: The recipe and the table do not fit, or training diverged.
         BackboneError: The backbone cannot be loaded.
     """
-    training = routable_table(scores, settings.learnability, recipe.alpha)
+    training = training_table(scores, settings.learnability)
+    require_trainable(training, alpha=recipe.alpha)
     rewards_NM = mix_reward(
         training.quality_NM,
         training.learnability_NM,

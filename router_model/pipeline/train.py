@@ -24,7 +24,7 @@ from router_model.pipeline.artifacts import git_revision
 from router_model.pipeline.progress import Progress
 from router_model.reward import LearnabilityMeasure, Normalization
 from router_model.table import ScoreTable, read_table
-from router_model.training import fit_router
+from router_model.training import fit_router, require_trainable
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,16 +82,17 @@ def train_router(
         quality_from: A checkpoint whose quality heads are taken over: only learnability is fitted.
 
     Raises:
-        TableError: The table is malformed, lacks the measure of learnability, has one teacher, or holds
-            nothing to train on.
+        TableError: The table is malformed, lacks the measure of learnability, or holds nothing to train on.
         BackboneError: The backbone cannot be loaded.
         CheckpointError: The quality heads of ``quality_from`` do not fit.
     """
-    training = routable_table(scores, settings.learnability, settings.alpha)
+    training = training_table(scores, settings.learnability)
     donor = None if quality_from is None else QualityDonor(*read_checkpoint(quality_from))
     if donor is not None:
         donor.require_head(settings.head)
         training = donor.ordered(training)
+    # Before the prompts are encoded, which may take hours.
+    require_trainable(training, alpha=settings.alpha)
     backbone = load_backbone(settings.backbone, max_tokens=settings.max_tokens, views=settings.views)
     facts = backbone_facts(settings.backbone, backbone)
     if donor is not None:
@@ -137,36 +138,7 @@ def training_table(scores: Path, learnability: LearnabilityMeasure) -> ScoreTabl
     table = read_table(scores, learnability=learnability)
     training = table.select(np.array([split != "test" for split in table.split_N]))
     if not training.n_prompts:
-        raise TableError(
-            scores,
-            "every prompt is marked as a test prompt; nothing is left to train on. Take the mark off some, "
-            "or give another table",
-        )
-    return training
-
-
-def routable_table(scores: Path, learnability: LearnabilityMeasure, alpha: float) -> ScoreTable:
-    """The training prompts of a table, refused at once where no router can be made of them.
-
-    Encoding a long table takes hours, and the commonest mistakes can be seen before it.
-
-    Raises:
-        TableError: The table is malformed, holds nothing to train on, has one teacher only, or has no
-            learnability while ``alpha`` > 0.
-    """
-    training = training_table(scores, learnability)
-    if training.n_teachers < 2:
-        raise TableError(
-            scores,
-            f"has one teacher, {training.teachers[0]!r}; a router needs at least two teachers. Add the "
-            "scored answers of another one: with one there is nothing to route",
-        )
-    if alpha > 0 and training.learnability_NM is None:
-        raise TableError(
-            scores,
-            f"alpha is {alpha:g} but the table has no learnability: score the responses under the student "
-            "first, or train with alpha 0",
-        )
+        raise TableError(scores, "every prompt is marked as a test prompt; nothing is left to train on")
     return training
 
 

@@ -132,9 +132,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory, minilm_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("table", "expected"),
     [
-        (rows(SEEN, ["a"]), "one teacher, 'a'; a router needs at least two teachers. Add the scored answers"),
-        (without(rows(SEEN), "learnability"), "no learnability: score the responses under the student first"),
-        ([{**row, "split": "test"} for row in rows(SEEN)], "marked as a test prompt.*give another table"),
+        (
+            rows(SEEN, ["a"]),
+            "1 teacher.s.; a router needs at least two teachers: add the responses of another",
+        ),
+        (
+            without(rows(SEEN), "learnability"),
+            "no learnability, but alpha is 0.4: score the responses under the student first",
+        ),
+        ([{**row, "split": "test"} for row in rows(SEEN)], "marked as a test prompt; nothing is left"),
     ],
     ids=["one teacher", "no learnability", "all test"],
 )
@@ -203,11 +209,11 @@ def test_constant_learnability_leaves_the_choice_to_quality(folder: Path) -> Non
     [
         (
             rows(NEW, [*TEACHERS, "y", "z"]),
-            "does not know: y, z; it knows a, b, c. Add them .* `persyn extend`",
+            "'y', 'z' unknown to the checkpoint.* or add them by `persyn extend`",
         ),
         (rows(SEEN), "of 12, 12 were trained on.*Give a table of other prompts"),
-        (rows(NEW, ["a"]), "6 have one teacher's response only. Give a table"),
-        (without(rows(NEW), "learnability"), "alpha is 0.4 but the table has no learnability"),
+        (rows(NEW, ["a"]), "6 have fewer than two responses. Give a table"),
+        (without(rows(NEW), "learnability"), "has no learnability, but the checkpoint's alpha is 0.4"),
     ],
     ids=["strangers", "trained on", "one teacher", "no learnability"],
 )

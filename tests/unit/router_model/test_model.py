@@ -90,7 +90,7 @@ def test_a_handful_of_prompts_trains(n_prompts: int, kind: str) -> None:
 
 
 def test_what_cannot_be_trained_on_is_refused() -> None:
-    """One teacher, a teacher without a response, no prompts, features of another shape or with NaN."""
+    """One teacher, a teacher without a response, nothing to compare, no prompts, features that do not fit."""
     features, quality = linear_world(6)
     with pytest.raises(TableError, match="at least two teachers"):
         fit_router(features, make_table(quality[:, :1]), alpha=0.0)
@@ -98,6 +98,11 @@ def test_what_cannot_be_trained_on_is_refused() -> None:
     silent[:, 1] = np.nan
     with pytest.raises(TableError, match="'bison' has no response"):
         fit_router(features, make_table(silent), alpha=0.0)
+    alone = np.where(np.eye(5, dtype=bool)[[0, 1, 2, 3, 4, 0]], quality, np.nan)
+    with pytest.raises(TableError, match="no training prompt has responses of two teachers"):
+        fit_router(features, make_table(alone), alpha=0.0)
+    with pytest.raises(TableError, match=r"has no learnability, but alpha is 0.4: .* train with alpha 0"):
+        fit_router(features, make_table(quality), alpha=0.4)
     with pytest.raises(TableError, match="no prompt"):
         fit_router(features[:0], make_table(quality[:0]), alpha=0.0)
     with pytest.raises(RouterError, match=r"expected \(6, width\)"):

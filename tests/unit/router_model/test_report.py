@@ -76,9 +76,25 @@ def test_a_router_that_has_fallen_back_says_so_below_the_verdict() -> None:
         "The router has fallen back to the best single teacher: 1 training prompts cannot show a "
         "gain, 10 are needed."
     )
+    for point in report["curves"]["alpha"]:
+        point["helps"] = False
+    assert "falls back to the best single teacher at every alpha." in report_markdown(report)
     assert text.lower().count("the router has fallen back") == 1
     assert "fallen back" in summary_lines(report)[1]
     assert "has fallen back" not in report_markdown(full_report())
+
+
+def test_who_answers_names_those_who_do() -> None:
+    """Five by name, the rest and the silent ones by their number; and which teacher is the best single."""
+    report = full_report()
+    shares = {"alpaca": 0.3, "bison": 0.0, "camel": 0.25, "dingo": 0.2, "eland": 0.1}
+    more = {"fox": 0.08, "gnu": 0.04, "hare": 0.03, "ibex": 0.0}
+    report["methods"]["persyn"]["share"] = shares | more
+    listed = "alpaca 30%, camel 25%, dingo 20%, eland 10%, fox 8%, 2 others together 7%, 2 never asked."
+    assert listed in report_markdown(report).splitlines()
+    report["methods"]["best_single"]["share"] = {"alpaca": 0.1, "camel": 0.9}
+    assert "The best single teacher, chosen on the training prompts, is `camel`." in report_markdown(report)
+    assert "best single teacher: camel" in summary_lines(report)
 
 
 def test_all_pictures_that_the_report_names_are_drawn(tmp_path: Path) -> None:
