@@ -16,7 +16,7 @@ from router_model.label_curve import label_curve
 from router_model.model import Novelty, PartHeads, RouterModel, TeacherSummary
 from router_model.objective_fit import fit_objective
 from router_model.objectives import OBJECTIVES
-from router_model.outlook import ALPHAS, AlphaCalibration, Mode, Parts
+from router_model.outlook import ALPHAS, AlphaCalibration, Parts
 from router_model.part_fits import PartFits, TrainingData, choose_head, fit_part_ridges
 from router_model.reward import Normalization
 from router_model.table import ScoreTable
@@ -90,54 +90,28 @@ def fit_router(
     _require_features(features_ND, table)
     if head_kind not in HEAD_KINDS:
         raise RouterError(f"unknown head {head_kind!r}: expected one of {list(HEAD_KINDS)}")
-    reward_NM, quality_NM, learnability_NM = _rewards(table, alpha, normalization)
+    rewards = _rewards(table, alpha, normalization)
     kept_N: BoolArray = np.asarray(table.mask_NM.any(axis=1))
     design = prepare(features_ND[kept_N], seed=seed, widths=widths)
-    data = TrainingData(
-        design,
-        table.mask_NM[kept_N],
-        quality_NM[kept_N],
-        None if learnability_NM is None else learnability_NM[kept_N],
-        table.quality_NM[kept_N],
-        None if table.learnability_NM is None else table.learnability_NM[kept_N],
-        None if lent is None else _kept(lent.fit, kept_N, design),
-    )
-    mode: Mode = "paper" if head_kind in OBJECTIVES else "parts"
-    tops = data.tops(alpha) if head_kind == "auto" else {}
-    ridges = fit_part_ridges(data, tops)
-    kind, fits, reasons = choose_head(head_kind if mode == "parts" else "ridge", data, alpha, ridges)
-    if tops and kind != "constant":
-        fits = replace(fits, top=join_tops(design, ridges, tops, data.mask_NM))
-    fixed = None
-    if tuned is not None:
-        fixed = HeadFit(tuned.head, None, None, (), tuned.facts)
-    elif mode == "paper":
-        fixed = fit_objective(head_kind, design, data.mixed(alpha), data.mask_NM)
-    constant = PartFits(
-        fit_constant(design, data.quality_NM, data.mask_NM),
-        None if data.learnability_NM is None else fit_constant(design, data.learnability_NM, data.mask_NM),
-    )
+    data = _training_data(design, table, rewards, kept_N, lent)
+    fitted = _fit_heads(data, alpha, head_kind, tuned)
+    fits, fixed = fitted.fits, fitted.fixed
     calibration = (
         _calibrations(data, fits, fixed, alpha, gated=head_kind == "auto")
         if tuned is None
-        else (_tuned_calibration(tuned, features_ND, reward_NM, table.mask_NM, alpha),)
+        else (_tuned_calibration(tuned, features_ND, rewards.mixed_NM, table.mask_NM, alpha),)
     )
     return RouterModel(
-        teachers=_summarise(table, reward_NM, quality_NM, learnability_NM),
+        teachers=_summarise(table, rewards),
         alpha=alpha,
         normalization=normalization,
-        mode=mode,
-        kind=head_kind if fixed is not None else kind,
-        chosen=PartHeads(
-            fits.quality.head,
-            None if fits.learnability is None else fits.learnability.head,
-            None if fixed is None else fixed.head,
-            None if fits.top is None else fits.top.head,
-        ),
+        mode="parts" if fixed is None else "paper",
+        kind=fitted.kind,
+        chosen=_chosen(fits, fixed),
         members=_members(fits, fixed),
-        member_means=_member_means(constant, table.n_teachers),
-        quality=ridges["raw_quality"].head if lent is None else lent.raw,
-        learnability=ridges["raw_learnability"].head if "raw_learnability" in ridges else None,
+        member_means=_member_means(data),
+        quality=fitted.ridges["raw_quality"].head if lent is None else lent.raw,
+        learnability=fitted.ridges["raw_learnability"].head if "raw_learnability" in fitted.ridges else None,
         calibration=calibration,
         coverage=COVERAGE,
         novelty=_novelty(design),
@@ -146,15 +120,51 @@ def fit_router(
         facts={
             "requested": head_kind,
             "seed": seed,
-            "n_folds": design.n_folds,
-            "n_partitions": len(design.folds) // max(design.n_folds, 1),
-            **reasons,
-            **fits.facts(),
-            **({"strength": dict(fixed.facts)} if fixed is not None else {}),
+            **_facts(fitted, data, alpha),
             FOLDS_FACT: fold_of_prompt(design, kept_N),
-            "label_curve": label_curve(design, data.quality_NM, data.learnability_NM, data.mask_NM, alpha),
         },
     )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _FittedHeads:
+    """All heads of a router, and why they are of their kind."""
+
+    kind: str
+    fits: PartFits
+    fixed: HeadFit | None
+    """Strengths at the training alpha alone, by an objective: the paper's way."""
+    ridges: Mapping[str, HeadFit]
+    reasons: Mapping[str, Any]
+
+
+def _fit_heads(data: TrainingData, alpha: float, head_kind: str, tuned: TunedHead | None) -> _FittedHeads:
+    by_objective = head_kind in OBJECTIVES
+    tops = data.tops(alpha) if head_kind == "auto" else {}
+    ridges = fit_part_ridges(data, tops)
+    kind, fits, reasons = choose_head("ridge" if by_objective else head_kind, data, alpha, ridges)
+    if tops and kind != "constant":
+        fits = replace(fits, top=join_tops(data.design, ridges, tops, data.mask_NM))
+    if tuned is not None:
+        fixed = HeadFit(tuned.head, None, None, (), tuned.facts)
+    elif by_objective:
+        fixed = fit_objective(head_kind, data.design, data.mixed(alpha), data.mask_NM)
+    else:
+        return _FittedHeads(kind, fits, None, ridges, reasons)
+    return _FittedHeads(head_kind, fits, fixed, ridges, reasons)
+
+
+def _facts(fitted: _FittedHeads, data: TrainingData, alpha: float) -> dict[str, Any]:
+    """Hyper-parameters, cross-validation numbers and the label curve."""
+    design = data.design
+    return {
+        "n_folds": design.n_folds,
+        "n_partitions": len(design.folds) // max(design.n_folds, 1),
+        **fitted.reasons,
+        **fitted.fits.facts(),
+        **({"strength": dict(fitted.fixed.facts)} if fitted.fixed is not None else {}),
+        "label_curve": label_curve(design, data.quality_NM, data.learnability_NM, data.mask_NM, alpha),
+    }
 
 
 def _kept(lent: HeadFit, kept_N: BoolArray, design: Design) -> HeadFit:
@@ -171,13 +181,39 @@ def _kept(lent: HeadFit, kept_N: BoolArray, design: Design) -> HeadFit:
     )
 
 
-def _rewards(
-    table: ScoreTable, alpha: float, normalization: Normalization
-) -> tuple[FloatArray, FloatArray, FloatArray | None]:
-    """Mixed reward at alpha, and its parts."""
-    reward_NM, quality_NM = (table.rewards(at, normalization) for at in (alpha, 0.0))
-    learnability_NM = None if table.learnability_NM is None else table.rewards(1.0, normalization)
-    return reward_NM, quality_NM, learnability_NM
+@dataclass(frozen=True, slots=True, eq=False)
+class _Rewards:
+    """Rewards of a whole table, normalised within the prompt."""
+
+    mixed_NM: FloatArray
+    """At the training alpha."""
+    quality_NM: FloatArray
+    learnability_NM: FloatArray | None
+
+
+def _rewards(table: ScoreTable, alpha: float, normalization: Normalization) -> _Rewards:
+    return _Rewards(
+        table.rewards(alpha, normalization),
+        table.rewards(0.0, normalization),
+        None if table.learnability_NM is None else table.rewards(1.0, normalization),
+    )
+
+
+def _training_data(
+    design: Design, table: ScoreTable, rewards: _Rewards, kept_N: BoolArray, lent: LentQuality | None
+) -> TrainingData:
+    """The prompts that have a response, in the rows of ``design``."""
+    kept = table.select(kept_N)
+    learnability_NM = rewards.learnability_NM
+    return TrainingData(
+        design,
+        kept.mask_NM,
+        rewards.quality_NM[kept_N],
+        None if learnability_NM is None else learnability_NM[kept_N],
+        kept.quality_NM,
+        kept.learnability_NM,
+        None if lent is None else _kept(lent.fit, kept_N, design),
+    )
 
 
 def _calibrations(
@@ -207,6 +243,15 @@ def _tuned_calibration(
     return calibrate(alpha, predicted_NM, reward_NM[rows], mask_NM[rows])
 
 
+def _chosen(fits: PartFits, fixed: HeadFit | None) -> PartHeads:
+    return PartHeads(
+        fits.quality.head,
+        None if fits.learnability is None else fits.learnability.head,
+        None if fixed is None else fixed.head,
+        None if fits.top is None else fits.top.head,
+    )
+
+
 def _members(fits: PartFits, fixed: HeadFit | None) -> tuple[PartHeads, ...]:
     return tuple(
         PartHeads(
@@ -219,14 +264,17 @@ def _members(fits: PartFits, fixed: HeadFit | None) -> tuple[PartHeads, ...]:
     )
 
 
-def _member_means(constant: PartFits, n_teachers: int) -> Parts:
-    def means(fit: HeadFit) -> FloatArray:
-        nothing = np.zeros((1, 0), dtype=np.float32)
-        rows = [member.predict(nothing)[0] for member in fit.members]
-        return np.stack(rows) if rows else np.zeros((0, n_teachers))
+def _member_means(data: TrainingData) -> Parts:
+    """Each fold's means of the teachers, by part."""
 
-    learnability = None if constant.learnability is None else means(constant.learnability)
-    return Parts(means(constant.quality), learnability)
+    def means(values_NM: FloatArray) -> FloatArray:
+        nothing = np.zeros((1, 0), dtype=np.float32)
+        members = fit_constant(data.design, values_NM, data.mask_NM).members
+        rows = [member.predict(nothing)[0] for member in members]
+        return np.stack(rows) if rows else np.zeros((0, values_NM.shape[1]))
+
+    learnability_NM = data.learnability_NM
+    return Parts(means(data.quality_NM), None if learnability_NM is None else means(learnability_NM))
 
 
 def _novelty(design: Design) -> Novelty:
@@ -287,9 +335,7 @@ def _require_features(features_ND: NDArray[np.float32], table: ScoreTable) -> No
         raise RouterError("features hold NaN or infinity: the backbone's output cannot be used")
 
 
-def _summarise(
-    table: ScoreTable, reward_NM: FloatArray, quality_NM: FloatArray, learnability_NM: FloatArray | None
-) -> tuple[TeacherSummary, ...]:
+def _summarise(table: ScoreTable, rewards: _Rewards) -> tuple[TeacherSummary, ...]:
     """The teachers in column order with their means over present cells."""
 
     def mean(values_NM: FloatArray | None, column: int) -> float | None:
@@ -306,9 +352,9 @@ def _summarise(
             size_b=table.sizes_b.get(teacher),
             mean_quality=present_mean(table.quality_NM, column),
             mean_learnability=mean(table.learnability_NM, column),
-            mean_reward=present_mean(reward_NM, column),
-            mean_quality_part=present_mean(quality_NM, column),
-            mean_learnability_part=mean(learnability_NM, column),
+            mean_reward=present_mean(rewards.mixed_NM, column),
+            mean_quality_part=present_mean(rewards.quality_NM, column),
+            mean_learnability_part=mean(rewards.learnability_NM, column),
             mean_n_tokens=mean(table.n_tokens_NM, column),
         )
         for column, teacher in enumerate(table.teachers)
