@@ -73,9 +73,10 @@ def fit_router(
         features_ND: The backbone's features of ``table.prompts``, in that order.
         table: At least two teachers, each with at least one present cell.
         alpha: Weight of learnability in the reward, in [0, 1].
-        head_kind: One of ``HEAD_KINDS``. ``auto`` takes ridge regression, or one of ``AUTO_RIVALS``
-            (or a blend) that has less held-out regret by more than a standard error, and falls back to the
-            best single teacher at every alpha at which nothing beats it.
+        head_kind: One of ``HEAD_KINDS``. ``auto`` predicts rewards by ridge regression, or by one of
+            ``part_fits.AUTO_RIVALS`` (or a blend) that has less held-out regret by more than a standard
+            error, and beside it which teacher is the best; it falls back to the best single teacher at every
+            alpha at which that is not clearly better.
         seed: Draws the cross-validation folds; the same seed gives the same router.
         widths: Features of each view, if there are several.
         tuned: A head that was trained with its backbone, in place of fitting one; ``head_kind`` names its
