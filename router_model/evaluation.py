@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from router_model.alpha_calibration import MIN_PROMPTS_TO_ROUTE
 from router_model.alpha_curve import alpha_points
 from router_model.calibration import conformal_coverage, pairwise_calibration
 from router_model.checkpoint import Manifest
@@ -21,7 +22,6 @@ HELPS = "routing helps"
 HELPS_NOT = "routing does not help here: use best_single"
 MIN_PROMPTS_FOR_VERDICT = 10
 """Of fewer prompts, the resamples differ too little for their interval to be one."""
-FALLEN_BACK = "the router has fallen back to the best single teacher: cross-validation found no gain"
 
 
 def evaluate(
@@ -53,7 +53,7 @@ def evaluate(
     n_prompts = held.table.n_prompts
     enough = n_prompts >= MIN_PROMPTS_FOR_VERDICT
     helps = outlook.helps and enough and low is not None and low[0] > 0
-    remarks = [] if outlook.helps else [FALLEN_BACK]
+    remarks = [] if outlook.helps else [fallen_back_because(manifest.training.n_prompts)]
     if not enough:
         remarks.append(
             f"{n_prompts} held-out prompts are too few to say that routing helps; "
@@ -81,6 +81,13 @@ def evaluate(
         "fallen_back": not outlook.helps,
         "notes": [*remarks, *held.notes, *notes],
     }
+
+
+def fallen_back_because(n_training_prompts: int) -> str:
+    """That a router has fallen back, and why."""
+    few = f"{n_training_prompts} training prompts cannot show a gain, {MIN_PROMPTS_TO_ROUTE} are needed"
+    reason = few if n_training_prompts < MIN_PROMPTS_TO_ROUTE else "cross-validation found no clear gain"
+    return f"the router has fallen back to the best single teacher: {reason}"
 
 
 def _judged(

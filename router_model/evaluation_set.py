@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 
 from router_model.checkpoint import Manifest
 from router_model.errors import TableError
+from router_model.reward import all_equal
 from router_model.table import ScoreTable
 
 FloatArray = NDArray[np.float64]
@@ -65,6 +66,18 @@ def held_out(table: ScoreTable, manifest: Manifest) -> EvaluationSet:
             f"has no learnability, but the checkpoint's alpha is {manifest.alpha:g}: score the responses "
             "under the student first, or train a router with alpha 0",
         )
-    return EvaluationSet(
-        chosen, chosen.rewards(manifest.alpha, manifest.normalization), columns, tuple(notes)
-    )
+    reward_NM = chosen.rewards(manifest.alpha, manifest.normalization)
+    return EvaluationSet(chosen, reward_NM, columns, (*notes, *_notes_on_equals(chosen, reward_NM)))
+
+
+def _notes_on_equals(table: ScoreTable, reward_NM: FloatArray) -> list[str]:
+    """What a table without differences cannot show. A constant is more often a mistake than a finding."""
+    if all_equal(reward_NM):
+        return [
+            "all responses to a prompt have the same reward: this table cannot tell one teacher from another"
+        ]
+    if table.learnability_NM is not None and all_equal(table.learnability_NM):
+        return [
+            "all responses to a prompt have the same learnability: quality alone decides at any alpha below 1"
+        ]
+    return []

@@ -28,7 +28,7 @@ from router_model.errors import BackboneError, RouterError
 from router_model.linear_fit import column_means
 from router_model.objectives import objective
 from router_model.recipe import FineTuneRecipe
-from router_model.reward import regret
+from router_model.reward import all_equal, regret
 from router_model.tokenization import encode_prompts
 from router_model.views import Pooling
 
@@ -297,6 +297,11 @@ def _comparable_rows(texts: Sequence[str], rewards_NM: FloatArray, mask_NM: Bool
         raise RouterError(
             f"{len(rows)} of {len(texts)} prompts have two teachers to compare: expected at least 2, one to "
             "train on and one to hold out"
+        )
+    if all_equal(np.where(mask_NM, rewards_NM, np.nan)):
+        raise RouterError(
+            "no prompt has two teachers of different reward: there is nothing to learn. Score quality on a "
+            "finer scale, or train without a recipe, which falls back to the best single teacher"
         )
     return rows
 

@@ -7,9 +7,9 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from router_model.backbone import Backbone, Encoded, load_backbone
-from router_model.checkpoint import Manifest, fine_tuned_weights, read_checkpoint
-from router_model.errors import CheckpointError, RouterError
+from router_model.backbone import Backbone, Encoded, fingerprint, load_backbone, locate_model
+from router_model.checkpoint import BackboneFacts, Manifest, fine_tuned_weights, read_checkpoint
+from router_model.errors import BackboneError, CheckpointError, RouterError
 from router_model.model import RouterModel
 from router_model.outlook import RouterOutput
 from router_model.views import View
@@ -53,21 +53,11 @@ class Router:
         model, manifest = read_checkpoint(folder)
         facts = manifest.backbone
         if backbone is None:
-            backbone = load_backbone(
-                backbone_location(facts.name, moved_to),
-                max_tokens=facts.max_tokens,
-                views=facts.views,
-                frame=facts.frame,
-                weights=fine_tuned_weights(folder, manifest),
-                threads=threads,
-            )
+            backbone = _named_backbone(folder, manifest, moved_to, threads)
         else:
             backbone = backbone.with_views([View.parse(view) for view in facts.views])
         if (backbone.fingerprint, backbone.width) != (facts.fingerprint, facts.width):
-            raise CheckpointError(
-                f"{folder}: was trained with backbone {facts.name!r} of hash {facts.fingerprint[:16]}…, but "
-                f"the one loaded has {backbone.fingerprint[:16]}…; train again or restore the model"
-            )
+            raise _another_backbone(folder, facts, backbone.fingerprint)
         return cls(model, manifest, backbone)
 
     def score(self, texts: Sequence[str]) -> RouterOutput:
@@ -90,3 +80,32 @@ class Router:
     def baselines(self, encoded: Encoded) -> dict[str, FloatArray]:
         """Strengths, BM, by the rivals that were trained on the same features, at the checkpoint's alpha."""
         return {name: head.predict(encoded.features_BD) for name, head in self.model.baselines.items()}
+
+
+def _named_backbone(folder: Path, manifest: Manifest, moved_to: str | None, threads: int | None) -> Backbone:
+    """The backbone that a checkpoint names, with the weights of the checkpoint if it has some."""
+    facts = manifest.backbone
+    name = backbone_location(facts.name, moved_to)
+    weights = fine_tuned_weights(folder, manifest)
+    try:
+        return load_backbone(
+            name,
+            max_tokens=facts.max_tokens,
+            views=facts.views,
+            frame=facts.frame,
+            weights=weights,
+            threads=threads,
+        )
+    except BackboneError as error:
+        # Another model in its place may lack a layer or a tensor; that is a symptom, told as its cause.
+        found = fingerprint(locate_model(name))
+        if found != facts.fingerprint:
+            raise _another_backbone(folder, facts, found) from error
+        raise
+
+
+def _another_backbone(folder: Path, facts: BackboneFacts, found: str) -> CheckpointError:
+    return CheckpointError(
+        f"{folder}: was trained with backbone {facts.name!r} of hash {facts.fingerprint[:16]}…, but "
+        f"the one loaded has {found[:16]}…; train again or restore the model"
+    )

@@ -101,6 +101,13 @@ def mix_reward(
     return (1.0 - alpha) * quality_part_NM + alpha * normalize(learnability_NM, mask_NM, normalization)
 
 
+def all_equal(values_NM: FloatArray) -> bool:
+    """Whether no prompt has two present values that differ. NaN where none is present."""
+    lowest_N = np.where(np.isnan(values_NM), np.inf, values_NM).min(axis=1)
+    highest_N = np.where(np.isnan(values_NM), -np.inf, values_NM).max(axis=1)
+    return not (highest_N > lowest_N).any()
+
+
 def best_present(values_NM: FloatArray, mask_NM: BoolArray) -> NDArray[np.int64]:
     """Column of the highest present value in each row; the first of equals. Rows need a present cell."""
     chosen_N: NDArray[np.int64] = np.argmax(np.where(mask_NM, values_NM, -np.inf), axis=1).astype(np.int64)

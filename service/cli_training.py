@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from router_model.pipeline.train import TrainResult, TrainSettings
     from router_model.recipe import FineTuneRecipe
 
-_FALLEN_BACK = "cross-validation found no gain over the best single teacher: the router falls back to it"
-
 
 def collect(
     run: RunOption,
@@ -100,6 +98,7 @@ def train(
     as_json: JsonOption = False,
 ) -> None:
     """Train a router on a score table."""
+    from router_model.evaluation import fallen_back_because
     from router_model.pipeline.train import TrainSettings, parse_views
 
     plan = None if recipe is None else _read_recipe(recipe)
@@ -124,7 +123,7 @@ def train(
     lines = [
         f"router {result.checkpoint_id[:12]} for {student!r}: head {result.head!r} on "
         f"{result.n_prompts} prompts x {result.n_teachers} teachers, in {out}",
-        *([] if result.helps else [_FALLEN_BACK]),
+        *([] if result.helps else [fallen_back_because(result.n_prompts)]),
     ]
     show(result.as_json(), as_json, lines)
 

@@ -129,7 +129,11 @@ def training_table(scores: Path, learnability: LearnabilityMeasure) -> ScoreTabl
     table = read_table(scores, learnability=learnability)
     training = table.select(np.array([split != "test" for split in table.split_N]))
     if not training.n_prompts:
-        raise TableError(scores, "every prompt is marked as a test prompt; nothing is left to train on")
+        raise TableError(
+            scores,
+            "every prompt is marked as a test prompt; nothing is left to train on. Take the mark off some, "
+            "or give another table",
+        )
     return training
 
 

@@ -30,7 +30,7 @@ def project(
     folder = tmp_path_factory.mktemp("project with a space")
     bullets, capitals = {"kind": "bullet_count", "min": 3, "max": 3}, {"kind": "case", "value": "upper"}
     rows = [
-        {"id": f"{kind}{n}", "prompt": prompt, "constraints": [rule], "split": "test" if n > 6 else "train"}
+        {"id": f"{kind}{n}", "prompt": prompt, "constraints": [rule], "split": "test" if n > 4 else "train"}
         for kind, prompts, rule in (("list", LISTS, bullets), ("shout", SHOUTS, capitals))
         for n, prompt in enumerate(prompts)
     ]
@@ -63,7 +63,7 @@ def test_the_router_sends_each_kind_to_its_teacher(project: tuple[Path, FakeTeac
     """On held-out prompts the router closes the whole gap, and the report says that routing helps."""
     folder, _ = project
     report = json.loads((folder / "run" / "report" / "report.json").read_text())
-    assert report["n_prompts"] == 6
+    assert report["n_prompts"] == 10
     assert report["verdict"] == "routing helps"
     assert report["methods"]["persyn"]["gap_closed"]["value"] == pytest.approx(1.0)
     assert persyn(folder, "route", "List three kinds of soup as bullets.")["teacher"] == "lists"

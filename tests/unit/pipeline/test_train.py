@@ -34,6 +34,7 @@ def on_frozen_features(scores: Path, folder: Path, settings: TrainSettings) -> o
     ],
 )
 def test_a_table_is_refused_before_the_backbone_is_loaded(
+    *,
     tmp_path: Path,
     train: Callable[[Path, Path, TrainSettings], object],
     facts: list[dict[str, str]],

@@ -10,7 +10,7 @@ import pytest
 
 from router_model.checkpoint import TrainingFacts
 from router_model.errors import TableError
-from router_model.evaluation import FALLEN_BACK, HELPS, HELPS_NOT, evaluate
+from router_model.evaluation import HELPS, HELPS_NOT, evaluate, fallen_back_because
 from router_model.evaluation_set import held_out
 from router_model.report import report_markdown
 from tests.unit.router_model.doubles import fake_output, planned_manifest
@@ -133,7 +133,7 @@ def test_helps_is_said_only_if_the_whole_interval_is_above_zero() -> None:
     assert fallen["methods"]["persyn"]["gap_closed"]["ci95"][0] > 0
     assert fallen["verdict"] == HELPS_NOT
     assert fallen["fallen_back"]
-    assert fallen["notes"][0] == FALLEN_BACK
+    assert fallen["notes"][0] == fallen_back_because(1)
     assert "fallen back" not in " ".join(planted()["notes"])
 
 
@@ -292,3 +292,35 @@ def test_a_table_that_does_not_fit_the_checkpoint_is_refused() -> None:
         held_out(table, make_manifest([summary(name, 0.5) for name in table.teachers[:3]]))
     with pytest.raises(TableError, match=r"has no learnability, but the checkpoint's alpha is 0.4"):
         held_out(table, make_manifest([summary(name, 0.5) for name in table.teachers]))
+
+
+def test_a_table_without_some_of_the_teachers_is_judged_by_the_others() -> None:
+    """The columns of the checkpoint are found by name, whom the table lacks is said."""
+    names = ("aardvark", "alpaca", "bear", "bison")
+    manifest = make_manifest([summary(name, 0.5) for name in names], alpha=0.0)
+    held = held_out(make_table(np.eye(2)), manifest)
+    assert held.columns == (1, 3)
+    assert held.notes == ("the table has no responses of aardvark, bear",)
+    report = evaluate(fake_output(np.array([[9.0, 1.0, 9.0, 0.0], [9.0, 0.0, 9.0, 1.0]])), held, manifest)
+    assert report["methods"]["persyn"]["mean_reward"] == 1.0
+    assert "no responses of aardvark, bear" in report_markdown(report)
+
+
+def test_a_table_without_differences_says_that_it_shows_nothing() -> None:
+    """All rewards equal, or learnability alone; a gap in the table is no difference."""
+    manifest = make_manifest([summary(name, 0.5) for name in TEACHERS[:2]])
+    ties, differing = np.full((4, 2), 0.3), np.tile([0.0, 1.0], (4, 1))
+    ties[0, 0] = np.nan
+    cases = ((ties, ties, "same reward"), (differing, np.ones((4, 2)), "same learnability"))
+    for quality, learnability, expected in cases:
+        held = held_out(make_table(quality, learnability), manifest)
+        report = evaluate(fake_output(np.zeros(held.reward_NM.shape)), held, manifest)
+        assert expected in held.notes[-1]
+        assert held.notes[-1] in report_markdown(report)
+    assert held_out(make_table(differing, differing), manifest).notes == ()
+
+
+def test_a_fallback_says_whether_there_was_anything_to_cross_validate() -> None:
+    """Nine prompts are too few; from ten on the reason is what cross-validation found."""
+    assert fallen_back_because(9).endswith("9 training prompts cannot show a gain, 10 are needed")
+    assert fallen_back_because(10).endswith("cross-validation found no clear gain")

@@ -342,7 +342,7 @@ def test_strengths_that_are_not_finite_are_refused(bert: Path, monkeypatch: pyte
 
 
 def test_a_malformed_table_is_refused(bert: Path) -> None:
-    """Shapes that do not fit, NaN in a present cell, and too few prompts to compare."""
+    """Shapes that do not fit, NaN in a present cell, too few prompts to compare, and nothing but ties."""
     texts, rewards, mask = two_words(4)
     with pytest.raises(RouterError, match="3 texts with rewards of shape"):
         fine_tune(str(bert), texts[:3], rewards, mask, recipe(), seed=0)
@@ -350,6 +350,9 @@ def test_a_malformed_table_is_refused(bert: Path) -> None:
         fine_tune(str(bert), texts, np.where(rewards > 0.5, np.nan, rewards), mask, recipe(), seed=0)
     with pytest.raises(RouterError, match="1 of 4 prompts"):
         fine_tune(str(bert), texts, rewards, mask & (np.arange(4) == 2)[:, None], recipe(), seed=0)
+    ties = np.where(np.arange(3) > 0, 0.5, rewards)
+    with pytest.raises(RouterError, match="two teachers of different reward"):
+        fine_tune(str(bert), texts, ties, mask & (np.arange(3) > 0), recipe(), seed=0)
 
 
 def test_a_backbone_that_cannot_be_trained_is_refused(tmp_path: Path, minilm_path: Path) -> None:

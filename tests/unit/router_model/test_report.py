@@ -73,7 +73,8 @@ def test_a_router_that_has_fallen_back_says_so_below_the_verdict() -> None:
     text = report_markdown(report)
     assert text.splitlines()[2] == "**Routing does not help here: use best_single.**"
     assert text.splitlines()[4] == (
-        "The router has fallen back to the best single teacher: cross-validation found no gain."
+        "The router has fallen back to the best single teacher: 1 training prompts cannot show a "
+        "gain, 10 are needed."
     )
     for point in report["curves"]["alpha"]:
         point["helps"] = False
