@@ -37,8 +37,8 @@ def held_out(table: ScoreTable, manifest: Manifest) -> EvaluationSet:
     if strangers:
         raise TableError(
             table.source,
-            f"{', '.join(map(repr, strangers))} unknown to the checkpoint, whose teachers are "
-            f"{', '.join(map(repr, known))}: leave them out of the table, or add them by `persyn extend`",
+            f"has teachers that the checkpoint does not know: {', '.join(map(repr, strangers))}. Leave them "
+            "out of the table, or add them to the router by `persyn extend`",
         )
     trained = set(manifest.training.prompt_sha256)
     seen_N = np.array([digest in trained for digest in table.prompt_hashes()])

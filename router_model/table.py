@@ -271,7 +271,7 @@ class _TableBuilder:
     def build(self) -> ScoreTable:
         """The finished table."""
         if not self.cells:
-            raise TableError(self.file, "holds no rows")
+            raise TableError(self.file, "holds no rows: expected one per prompt and teacher")
         prompt_ids, teachers = tuple(self.prompts), tuple(sorted(self.families))
         row_of = {prompt_id: n for n, prompt_id in enumerate(prompt_ids)}
         column_of = {teacher: m for m, teacher in enumerate(teachers)}

@@ -288,7 +288,7 @@ def test_a_table_that_does_not_fit_the_checkpoint_is_refused() -> None:
     """An unknown teacher, or alpha above 0 without learnability."""
     _, quality = linear_world(6)
     table = make_table(quality)
-    with pytest.raises(TableError, match=r"'dingo', 'eland' unknown .* or add them by `persyn extend`"):
+    with pytest.raises(TableError, match=r"not know: 'dingo', 'eland'\. Leave .* by `persyn extend`"):
         held_out(table, make_manifest([summary(name, 0.5) for name in table.teachers[:3]]))
     with pytest.raises(TableError, match=r"has no learnability, but the checkpoint's alpha is 0.4"):
         held_out(table, make_manifest([summary(name, 0.5) for name in table.teachers]))

@@ -156,6 +156,29 @@ def test_auto_falls_back_without_signal() -> None:
     assert n_routed <= 1
 
 
+def test_where_all_responses_are_equal_the_first_teacher_answers() -> None:
+    """Ties everywhere are no error and no gain: the fallback, at every alpha."""
+    features, _ = linear_world(40)
+    equal = np.full((40, 5), 0.5)
+    predictions = fit_router(features, make_table(equal, equal - 1), alpha=0.4).predict(features)
+    for alpha in (0.0, 0.4, 1.0):
+        outlook = predictions.at(alpha)
+        assert not outlook.helps
+        assert (outlook.strengths_BM.argmax(axis=1) == 0).all()
+
+
+def test_a_constant_learnability_leaves_the_choice_to_quality() -> None:
+    """Mixed with a constant, the choices stay those of quality; by learnability alone there is no gain."""
+    features, quality = linear_world(120, noise=0.1)
+    predictions = fit_router(features, make_table(quality, np.full_like(quality, -1.0)), alpha=0.4).predict(
+        features
+    )
+    mixed, alone = (predictions.at(alpha).strengths_BM.argmax(axis=1) for alpha in (0.4, 0.0))
+    assert predictions.at(0.4).helps
+    assert (mixed == alone).mean() > 0.95
+    assert not predictions.at(1.0).helps
+
+
 def test_alpha_is_mixed_when_it_is_asked_for() -> None:
     """One router serves every alpha: the extremes follow quality and learnability, the middle their mix."""
     features, quality = linear_world(300)
