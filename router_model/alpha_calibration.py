@@ -20,8 +20,8 @@ COVERAGE = 0.9
 MIN_PROMPTS_TO_ROUTE = 10
 """With fewer, cross-validation says nothing of a gain."""
 
-MIN_GAIN = 1.5
-"""Standard errors: one-sided, a router without any use passes once in fifteen times."""
+MIN_GAIN = 1.28
+"""Standard errors: one-sided, a router without any use passes once in ten times."""
 
 # Bounds of the spread of strengths, in logits: a noise-free ranking has no finite best temperature.
 _MIN_SPREAD, _MAX_SPREAD = 1e-3, 10.0
