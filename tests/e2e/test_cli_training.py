@@ -209,7 +209,7 @@ def test_constant_learnability_leaves_the_choice_to_quality(folder: Path) -> Non
     [
         (
             rows(NEW, [*TEACHERS, "y", "z"]),
-            "'y', 'z' unknown to the checkpoint.* or add them by `persyn extend`",
+            "not know: 'y', 'z'.* or add them to the router by `persyn extend`",
         ),
         (rows(SEEN), "of 12, 12 were trained on.*Give a table of other prompts"),
         (rows(NEW, ["a"]), "6 have fewer than two responses. Give a table"),
