@@ -27,6 +27,7 @@ MIN_GAIN = 1.28
 _MIN_SPREAD, _MAX_SPREAD = 1e-3, 10.0
 _PROMPTS_FOR_TEMPERATURE = 1000
 _TIE = 1e-12
+_ROUNDING = 1e-9
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -37,6 +38,17 @@ class HeldOut:
     """On the scale of the reward."""
     means_NM: FloatArray
     """The teachers' means over the prompts that those heads saw."""
+
+    def regret(self, rewards_NM: FloatArray, mask_NM: BoolArray) -> FloatArray:
+        """Regret of each prompt, with the predictions taken as moves from one and the same means.
+
+        The means of the other prompts look worse than they are: where teachers are close, leaving out a
+        prompt that favours one lets the other win it.
+        """
+        moves_NM = self.strengths_NM - self.means_NM
+        # Rounding is no prediction: where teachers' means are equal it would choose between them.
+        moves_NM = np.where(np.abs(moves_NM) > _ROUNDING, moves_NM, 0.0)
+        return regret(column_means(rewards_NM, mask_NM) + moves_NM, rewards_NM, mask_NM)
 
 
 def calibrate(
@@ -59,17 +71,14 @@ def calibrate_gated(
     """Judge held-out predictions, and fall back to the best single teacher unless they clearly help.
 
     They help if their regret is below that of the best single teacher *in hindsight* on the same prompts, by
-    more than ``MIN_GAIN`` standard errors. Hindsight, because the cross-validated constant looks worse than
-    it is: where teachers are close, leaving out the prompts that favour one lets the other win the rest. For
-    the same reason the predictions are taken as moves from one and the same means.
+    more than ``MIN_GAIN`` standard errors.
 
     Args:
         held: None if nothing was held out.
     """
     if held is None:
         return AlphaCalibration(alpha, False, None, None, 1.0, None)
-    followed_NM = column_means(rewards_NM, mask_NM) + held.strengths_NM - held.means_NM
-    gain_N = hindsight_regret(rewards_NM, mask_NM) - regret(followed_NM, rewards_NM, mask_NM)
+    gain_N = hindsight_regret(rewards_NM, mask_NM) - held.regret(rewards_NM, mask_NM)
     enough = len(rewards_NM) >= MIN_PROMPTS_TO_ROUTE and float(gain_N.mean()) > 0
     helps = enough and float(gain_N.mean()) > MIN_GAIN * standard_error(gain_N)
     used_NM = held.strengths_NM if helps else held.means_NM

@@ -14,7 +14,7 @@ from router_model.outlook import Parts
 from router_model.reward import Normalization
 from router_model.table import ScoreTable
 from router_model.training import LentQuality
-from router_model.unseen import FOLDS_FACT, QUALITY_FOLDS_FACT, predict_unseen, unseen_by
+from router_model.unseen import FOLDS_FACT, NO_MEMBER, QUALITY_FOLDS_FACT, predict_unseen, unseen_by
 
 DONOR_FACT = "quality_from"
 """Among a model's facts: the checkpoint that its quality heads are of."""
@@ -137,7 +137,8 @@ class QualityDonor:
             facts={
                 **model.facts,
                 DONOR_FACT: self.manifest.checkpoint_id,
-                QUALITY_FOLDS_FACT: [int(number) for number in folds],
+                # A member that the new router has no room for left nothing out of it.
+                QUALITY_FOLDS_FACT: [int(number) if number < n_members else NO_MEMBER for number in folds],
             },
         )
         return completed, replace(training, prompt_sha256=seen)

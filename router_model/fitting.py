@@ -135,7 +135,10 @@ def left_out_means(targets_NM: FloatArray) -> FloatArray:
 def _left_out_paths(design: Design, targets_NM: FloatArray, _mask_NM: BoolArray) -> FloatArray:
     """Predictions of each prompt from all the others, by view and L2. No gaps."""
     spectra = (decompose(design.features_ND[:, columns]) for columns in design.views)
-    return np.stack([ridge_path_left_out(spectrum, targets_NM, L2_GRID) for spectrum in spectra])
+    paths_VGNM = np.stack([ridge_path_left_out(spectrum, targets_NM, L2_GRID) for spectrum in spectra])
+    # Zero weights are the means of the others to the bit: rounding must not choose between equal teachers.
+    paths_VGNM[:, [math.isinf(l2) for l2 in L2_GRID]] = left_out_means(targets_NM)
+    return paths_VGNM
 
 
 def _held_out_paths(design: Design, targets_NM: FloatArray, mask_NM: BoolArray) -> FloatArray:

@@ -11,7 +11,6 @@ from router_model.alpha_calibration import HeldOut, standard_error
 from router_model.design import Design
 from router_model.fitting import HeadFit, blend, fit_head, fit_ridges
 from router_model.outlook import Parts
-from router_model.reward import regret
 from router_model.top_fit import TopFit, TopTarget, top_alphas, top_targets
 
 FloatArray = NDArray[np.float64]
@@ -44,7 +43,7 @@ class TrainingData:
             return {}
         alphas = top_alphas(alpha, any_alpha=self.learnability_NM is not None)
         targets = (TopTarget(at, top_targets(self.mixed(at), self.mask_NM)) for at in alphas)
-        return {f"top at {target.alpha:g}": target for target in targets}
+        return {f"top at {target.alpha!r}": target for target in targets}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -115,9 +114,9 @@ def choose_head(
     reward_NM = data.mixed(alpha)
     regrets = {}
     for kind, fits in candidates.items():
-        predicted_NM = fits.held_out(alpha)
-        if predicted_NM is not None:
-            regrets[kind] = regret(predicted_NM, reward_NM, data.mask_NM)
+        held = fits.held_out_strengths(alpha)
+        if held is not None:
+            regrets[kind] = held.regret(reward_NM, data.mask_NM)
     best = min(regrets, key=lambda kind: float(regrets[kind].mean()))
     gain_N = regrets["ridge"] - regrets[best]
     gain, gain_se = float(gain_N.mean()), standard_error(gain_N)

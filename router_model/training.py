@@ -144,7 +144,7 @@ def _fit_heads(data: TrainingData, alpha: float, head_kind: str, tuned: TunedHea
     tops = data.tops(alpha) if head_kind == "auto" else {}
     ridges = fit_part_ridges(data, tops)
     kind, fits, reasons = choose_head("ridge" if by_objective else head_kind, data, alpha, ridges)
-    if tops and kind != "constant":
+    if tops:
         fits = replace(fits, top=join_tops(data.design, ridges, tops, data.mask_NM))
     if tuned is not None:
         fixed = HeadFit(tuned.head, None, None, (), tuned.facts)

@@ -19,7 +19,7 @@ from router_model.errors import PipelineError
 from router_model.inference import Router
 from router_model.pipeline.artifacts import locked_folder
 from router_model.pipeline.config import ProjectFile
-from router_model.pipeline.corpus_plan import prompts_hash, write_plan
+from router_model.pipeline.corpus_plan import ASSIGNMENTS_FILE, PLAN_FILE, prompts_hash, write_plan
 from router_model.pipeline.decisions import (
     decide_all,
     known_prices,
@@ -126,7 +126,8 @@ def make_plan(
     specs = project.teacher_specs(with_keys=False)
     prompts = read_prompts(prompts_path)
     with locked_folder(folder):
-        if (folder / RESPONSES_FILE).exists():
+        is_plan = (folder / ASSIGNMENTS_FILE).exists()
+        if (folder / RESPONSES_FILE).exists() or ((folder / PLAN_FILE).exists() and not is_plan):
             raise PipelineError(
                 f"{folder}: holds a data set, whose plan.json would be lost; plan to another --out"
             )
@@ -190,8 +191,9 @@ def _values(manifest: Manifest, decisions: Sequence[RoutingDecision], options: R
     """What the plan makes the most of, NM; minus infinity where a teacher is no candidate for a prompt.
 
     For ``persyn`` the expected mixed reward, not the strengths: rewards add up over prompts, and shadow
-    prices are then rewards. Where routing does not help, these are the teachers' means. A router with one
-    head on the mixed reward may rank otherwise by its strengths. Other strategies: what they rank by.
+    prices are then rewards. Where routing does not help, these are the teachers' means. A router that also
+    asks which teacher is the best, as ``auto`` does, or has one head on the mixed reward, may rank otherwise
+    by its strengths: which teacher is the best does not add up. Other strategies: what they rank by.
     """
     column = {teacher.id: index for index, teacher in enumerate(manifest.teachers)}
     values_NM = np.full((len(decisions), len(column)), -np.inf)

@@ -12,7 +12,13 @@ from router_model.errors import PipelineError
 from router_model.inference import Router
 from router_model.pipeline.artifacts import locked_folder, read_json, write_json
 from router_model.pipeline.config import ProjectFile, StudentSection
-from router_model.pipeline.corpus_plan import PLAN_FILE, CorpusPlan, assignments_hash, read_plan
+from router_model.pipeline.corpus_plan import (
+    ASSIGNMENTS_FILE,
+    PLAN_FILE,
+    CorpusPlan,
+    assignments_hash,
+    read_plan,
+)
 from router_model.pipeline.dataset import Answer, DataSetSummary, Origin, write_dataset
 from router_model.pipeline.decisions import (
     decide_all,
@@ -99,11 +105,12 @@ def synthesize_dataset(
     specs = project.teacher_specs()
     prompts = read_prompts(prompts_path)
     with locked_folder(folder):
+        _require_no_plan(folder)
         if settings.plan is None:
             student = project.student(student_id)
             chosen = _by_router(project, student, checkpoint, prompts, settings.options)
         else:
-            plan = _fitting_plan(settings.plan, folder, prompts, prompts_path)
+            plan = _fitting_plan(settings.plan, prompts, prompts_path)
             student = project.student(plan.facts["student"] if student_id is None else student_id)
             _, manifest = read_checkpoint(checkpoint or Path(student.checkpoint))
             require_known_teachers(manifest, specs)
@@ -142,11 +149,15 @@ def _by_router(
     return _Chosen(identity, decide_all(router, prompts, options))
 
 
-def _fitting_plan(
-    folder_of_plan: Path, folder: Path, prompts: Sequence[Prompt], prompts_path: Path
-) -> CorpusPlan:
-    if folder_of_plan.resolve() == folder.resolve():
-        raise PipelineError(f"{folder}: is the folder of the plan; write the data set to another --out")
+def _require_no_plan(folder: Path) -> None:
+    """A data set has a ``plan.json`` too: in the folder of a plan it would take the place of the plan's."""
+    if (folder / ASSIGNMENTS_FILE).exists():
+        raise PipelineError(
+            f"{folder}: is the folder of a plan; give it as --plan, and write the data set to another --out"
+        )
+
+
+def _fitting_plan(folder_of_plan: Path, prompts: Sequence[Prompt], prompts_path: Path) -> CorpusPlan:
     plan = read_plan(folder_of_plan)
     plan.require_prompts(prompts, prompts_path)
     return plan

@@ -248,7 +248,7 @@ def test_a_plan_that_does_not_fit_is_refused(tmp_path: Path, monkeypatch: pytest
         )
         options = RouteOptions(exclude=["big"])
         refused(r"made with excluded_teachers \[\], not \['big'\]", options=options, given={"exclude"})
-        refused("is the folder of the plan", out="plan")
+        refused("is the folder of a plan; give it as --plan", out="plan")
         prompt_file(tmp_path, topic="birds")
         refused("made for 4 prompts, and .* holds other ones")
         prompt_file(tmp_path)

@@ -271,3 +271,13 @@ def test_the_label_curve_falls() -> None:
     assert [point["n_prompts"] for point in curve] == [20, 40, 80, 160, 320]
     assert curve[-1]["regret"] < curve[0]["regret"]
     assert curve[-1]["regret"] < curve[-1]["best_single_regret"]
+
+
+@pytest.mark.parametrize(("n_prompts", "n_teachers"), [(18, 2), (30, 3), (100, 5)])
+def test_rounding_does_not_choose_between_equal_teachers(n_prompts: int, n_teachers: int) -> None:
+    """Each teacher is the best equally often and the features say nothing: there is no gain to be found."""
+    quality = np.eye(n_teachers)[np.arange(n_prompts) % n_teachers]
+    features = np.ones((n_prompts, 4), dtype=np.float32)
+    calibration = fit_router(features, make_table(quality), alpha=0.0).calibration[0]
+    assert calibration.gain == pytest.approx(0.0)
+    assert not calibration.helps
