@@ -68,9 +68,9 @@ class QualityDonor:
         own = self.manifest.backbone
         differing = {
             "backbone's weights": (own.fingerprint[:16], backbone.fingerprint[:16]),
-            "views": (own.views, backbone.views),
+            "--views": (own.views, backbone.views),
             "frame": (own.frame, backbone.frame),
-            "max_tokens": (own.max_tokens, backbone.max_tokens),
+            "--max-tokens": (own.max_tokens, backbone.max_tokens),
             "normalization": (self.manifest.normalization, normalization),
         }
         for name, (lent, wanted) in differing.items():

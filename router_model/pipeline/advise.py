@@ -8,6 +8,7 @@ import numpy as np
 
 from router_model.doubt import expected_loss
 from router_model.embedding_cache import EmbeddingCache, encode_all
+from router_model.errors import TableError
 from router_model.inference import Router
 from router_model.label_advice import choose_prompts
 from router_model.learning_curve import advise
@@ -54,7 +55,7 @@ def advise_labels(
 
     For all teachers: those where the router's first choice may cost most, away from each other and from the
     training prompts. For a new teacher: those that cover the file best, whatever is labelled, as the best
-    probes are prompts to which the known teachers' answers are there already.
+    probes are prompts to which the known teachers' answers are there already. Test prompts are passed over.
 
     Args:
         n: How many; fewer are written if no others differ.
@@ -62,10 +63,14 @@ def advise_labels(
 
     Raises:
         CheckpointError: The checkpoint cannot be used.
-        TableError: The prompt file is malformed.
+        TableError: The prompt file is malformed, or all its prompts are held out as test prompts.
     """
     router = Router.load(checkpoint)
-    rows = read_prompt_rows(prompts_path)
+    every_row = read_prompt_rows(prompts_path)
+    # What is held out for the report is no use as a label or a probe: training would pass it over.
+    rows = [(prompt, raw) for prompt, raw in every_row if raw.get("split") != "test"]
+    if every_row and not rows:
+        raise TableError(prompts_path, "every prompt is marked as a test prompt: none is left to label")
     texts = [prompt_text(prompt.messages) for prompt, _ in rows]
     cache = None if embeddings is None else EmbeddingCache(embeddings)
     progress.start("encode", total=len(rows))

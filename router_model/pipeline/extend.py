@@ -9,6 +9,7 @@ import numpy as np
 
 from router_model.checkpoint import Manifest, TrainingFacts, write_checkpoint
 from router_model.embedding_cache import EmbeddingCache, encode_all
+from router_model.errors import CheckpointError
 from router_model.extension import EXTENSIONS_FACT, extend_model
 from router_model.inference import Router
 from router_model.model import RouterModel
@@ -61,10 +62,14 @@ def extend_router(
         embeddings: Cache of embeddings, a SQLite file; None for no cache.
 
     Raises:
-        CheckpointError: The checkpoint cannot be used.
+        CheckpointError: The checkpoint cannot be used, or would be replaced by its own extension.
         RouterError: The router cannot be extended, or knows a teacher already.
         TableError: The table is malformed or lacks what a new column needs.
     """
+    if folder.resolve() == checkpoint.resolve():
+        raise CheckpointError(
+            f"{folder}: is the checkpoint that is extended, which would be lost; write to another --out"
+        )
     router = Router.load(checkpoint)
     model, manifest = router.model, router.manifest
     table = training_table(scores, manifest.learnability)

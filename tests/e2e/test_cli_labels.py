@@ -69,6 +69,13 @@ def test_advise_writes_rows_as_they_were(folder: Path) -> None:
     assert missing.returncode == 1
     assert json.loads(missing.stdout)["error"] == "CheckpointError"
     assert persyn(folder, "advise", *arguments[:-1], "0").returncode == 2
+    held_out = [{**json.loads(line), "split": "test"} for line in given]
+    write(folder / "held_out.jsonl", [*held_out[:3], json.loads(given[3])])
+    only = persyn(folder, "advise", *arguments, "--prompts", "held_out.jsonl", "--for-new-teacher")
+    assert only.stdout.startswith("1 of 1 prompts")
+    write(folder / "held_out.jsonl", held_out)
+    nothing = persyn(folder, "advise", *arguments, "--prompts", "held_out.jsonl", "--json")
+    assert "every prompt is marked as a test prompt" in json.loads(nothing.stdout)["detail"]
 
 
 def test_extend_adds_a_teacher_that_routes_and_is_judged(folder: Path, minilm_path: Path) -> None:
@@ -107,6 +114,10 @@ def test_extend_adds_a_teacher_that_routes_and_is_judged(folder: Path, minilm_pa
     again = persyn(folder, *arguments, "--teacher", "alpaca", "--json")
     assert again.returncode == 1
     assert "known to the router already" in json.loads(again.stdout)["detail"]
+    onto_itself = persyn(folder, *arguments[:-1], "checkpoint", "--json")
+    assert onto_itself.returncode == 1
+    assert "would be lost; write to another --out" in json.loads(onto_itself.stdout)["detail"]
+    assert read_checkpoint(folder / "checkpoint")[1] == parent
 
 
 def test_a_new_student_takes_the_quality_heads(folder: Path, minilm_path: Path) -> None:

@@ -146,9 +146,9 @@ def test_what_does_not_fit_is_refused() -> None:
     features, table = world(80)
     for change, words in (
         ({"fingerprint": "0" * 64}, "backbone's weights"),
-        ({"views": ("last@1",)}, "views"),
+        ({"views": ("last@1",)}, "--views"),
         ({"frame": "chat"}, "frame"),
-        ({"max_tokens": 64}, "max_tokens"),
+        ({"max_tokens": 64}, "--max-tokens"),
     ):
         with pytest.raises(CheckpointError, match=words):
             donor.require_fit(dataclasses.replace(FAKE_FACTS, **change), "minmax")
