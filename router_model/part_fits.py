@@ -55,14 +55,7 @@ class PartFits:
     top: TopFit | None = None
     """Only ``auto`` asks also which teacher is the best."""
 
-    def held_out(self, alpha: float) -> FloatArray | None:
-        """Mixed reward predicted for held-out prompts."""
-        if self.quality.out_of_fold_NM is None:
-            return None
-        learnability = None if self.learnability is None else self.learnability.out_of_fold_NM
-        return Parts(self.quality.out_of_fold_NM, learnability).mixed(alpha)
-
-    def held_out_strengths(self, alpha: float) -> HeldOut | None:
+    def held_out(self, alpha: float) -> HeldOut | None:
         """What the router would go by for held-out prompts, and the means that it would fall back to."""
         quality, learnability = self.quality, self.learnability
         if quality.out_of_fold_NM is None or quality.means_NM is None:
@@ -114,7 +107,7 @@ def choose_head(
     reward_NM = data.mixed(alpha)
     regrets = {}
     for kind, fits in candidates.items():
-        held = fits.held_out_strengths(alpha)
+        held = fits.held_out(alpha)
         if held is not None:
             regrets[kind] = held.regret(reward_NM, data.mask_NM)
     best = min(regrets, key=lambda kind: float(regrets[kind].mean()))

@@ -224,11 +224,12 @@ def _calibrations(
     if fixed is not None:
         return (calibrate(alpha, fixed.out_of_fold_NM, data.mixed(alpha), data.mask_NM),)
     alphas = (alpha,) if data.learnability_NM is None else tuple(sorted({*ALPHAS, alpha}))
+    held = {at: fits.held_out(at) for at in alphas}
     return tuple(
-        calibrate_gated(at, fits.held_out_strengths(at), data.mixed(at), data.mask_NM)
+        calibrate_gated(at, own, data.mixed(at), data.mask_NM)
         if gated
-        else calibrate(at, fits.held_out(at), data.mixed(at), data.mask_NM)
-        for at in alphas
+        else calibrate(at, None if own is None else own.strengths_NM, data.mixed(at), data.mask_NM)
+        for at, own in held.items()
     )
 
 

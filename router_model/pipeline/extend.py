@@ -66,10 +66,7 @@ def extend_router(
         RouterError: The router cannot be extended, or knows a teacher already.
         TableError: The table is malformed or lacks what a new column needs.
     """
-    if folder.resolve() == checkpoint.resolve():
-        raise CheckpointError(
-            f"{folder}: is the checkpoint that is extended, which would be lost; write to another --out"
-        )
+    _require_another_folder(folder, checkpoint)
     router = Router.load(checkpoint)
     model, manifest = router.model, router.manifest
     table = training_table(scores, manifest.learnability)
@@ -108,6 +105,13 @@ def extend_router(
         n_teachers=len(extended.teachers),
         folder=folder,
     )
+
+
+def _require_another_folder(folder: Path, checkpoint: Path) -> None:
+    if folder.resolve() == checkpoint.resolve():
+        raise CheckpointError(
+            f"{folder}: is the checkpoint that is extended, which would be lost; write to another --out"
+        )
 
 
 def _strangers(manifest: Manifest, table: ScoreTable) -> list[str]:
