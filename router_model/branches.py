@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from router_model.backbone import length_batches
+from router_model.batches import length_batches
 
 _ROW_TOKENS = 512
 """Length of a packed row: the cost of attention grows with its square, matrix products are full by then."""

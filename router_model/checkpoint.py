@@ -19,11 +19,11 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from clients.types import LearnabilityMeasure
-from router_model.backbone import Frame
 from router_model.errors import CheckpointError, StrategyError
 from router_model.model import RouterModel, TeacherSummary
 from router_model.model_tensors import head_kinds, model_tensors, restore_model
 from router_model.outlook import AlphaCalibration, Mode
+from router_model.prompt_tokenizer import Frame
 from router_model.reward import Normalization
 
 FORMAT_VERSION = 3

@@ -16,17 +16,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import AutoModel
 
-from router_model.backbone import (
-    is_encoder,
-    length_batches,
-    load_pretrained,
-    load_tokenizer,
-    locate_model,
-    max_positions,
-)
+from router_model.batches import length_batches
 from router_model.errors import BackboneError, RouterError
 from router_model.linear_fit import column_means
 from router_model.objectives import objective
+from router_model.pretrained import is_encoder, load_pretrained, load_tokenizer, locate_model, max_positions
 from router_model.recipe import FineTuneRecipe
 from router_model.reward import all_equal, regret
 from router_model.tokenization import encode_prompts

@@ -7,11 +7,12 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from router_model.backbone import Backbone, Encoded, fingerprint, load_backbone, locate_model
+from router_model.backbone import Backbone, Encoded, load_backbone
 from router_model.checkpoint import BackboneFacts, Manifest, fine_tuned_weights, read_checkpoint
 from router_model.errors import BackboneError, CheckpointError, RouterError
 from router_model.model import RouterModel
 from router_model.outlook import RouterOutput
+from router_model.pretrained import fingerprint, locate_model
 from router_model.views import View
 
 FloatArray = NDArray[np.float64]

@@ -28,7 +28,6 @@ from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM
 
 from clients.types import ChatMessage
-from router_model.backbone import load_pretrained, load_tokenizer, locate_model, max_positions
 from router_model.branches import Branch, BranchBatch, branch_batches, make_batch, pack
 from router_model.errors import RouterError
 from router_model.learnability_measures import (
@@ -39,6 +38,7 @@ from router_model.learnability_measures import (
     step_lengths,
     step_starts,
 )
+from router_model.pretrained import load_pretrained, load_tokenizer, locate_model, max_positions
 from router_model.tokenization import encode_chat_prompt, plain_ids, sanitize, token_starts
 
 MAX_PROMPT_TOKENS = 2048

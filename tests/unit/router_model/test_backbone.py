@@ -20,15 +20,10 @@ from transformers import (
     T5Model,
 )
 
-from router_model.backbone import (
-    Backbone,
-    fingerprint,
-    length_batches,
-    load_backbone,
-    locate_model,
-    max_positions,
-)
+from router_model.backbone import Backbone, load_backbone
+from router_model.batches import length_batches
 from router_model.errors import BackboneError
+from router_model.pretrained import fingerprint, locate_model, max_positions
 
 TEXTS = [
     "What is the capital of France?",
@@ -118,8 +113,9 @@ def test_decoder_reads_the_prompt_up_to_its_own_answer(smollm2: Backbone, smollm
     turns = [{"role": "user", "content": TEXTS[0]}]
     text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
     ids = tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids
+    plain = AutoModel.from_pretrained(smollm2_path.parent, gguf_file=smollm2_path.name).eval()
     with torch.inference_mode():
-        expected = smollm2._model(ids, output_hidden_states=True).hidden_states[22][0, -1]
+        expected = plain(ids, output_hidden_states=True).hidden_states[22][0, -1]
     found = smollm2.encode([TEXTS[2], TEXTS[0]])
     assert found.input_tokens_B[1] == ids.shape[1]
     np.testing.assert_allclose(found.features_BD[1], expected, atol=2e-3 * float(expected.abs().max()))

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from router_model.backbone import load_tokenizer, locate_model
 from router_model.errors import RouterError
+from router_model.pretrained import load_tokenizer, locate_model
 from router_model.tokenization import (
     control_frame,
     encode_chat_pair,
