@@ -11,6 +11,7 @@ from router_model.backbone import Backbone, Encoded, load_backbone
 from router_model.checkpoint import BackboneFacts, Manifest, fine_tuned_weights, read_checkpoint
 from router_model.errors import BackboneError, CheckpointError, RouterError
 from router_model.model import RouterModel
+from router_model.network import Precision
 from router_model.outlook import RouterOutput
 from router_model.pretrained import fingerprint, locate_model
 from router_model.views import View
@@ -40,12 +41,17 @@ class Router:
         *,
         moved_to: str | None = None,
         threads: int | None = None,
+        precision: Precision = "fp32",
+        device: str = "cpu",
     ) -> Self:
         """Load a checkpoint, and the backbone that it names unless a loaded one is given.
 
         Args:
             moved_to: Where to look for a local backbone that is not where it was in training, such as in a
                 container.
+            threads: Torch threads of this process, unchanged if ``None``.
+            precision: Arithmetic of a backbone that is loaded here.
+            device: A torch device for it.
 
         Raises:
             CheckpointError: The checkpoint is damaged, or the backbone is not the one it was trained with.
@@ -54,7 +60,9 @@ class Router:
         model, manifest = read_checkpoint(folder)
         facts = manifest.backbone
         if backbone is None:
-            backbone = _named_backbone(folder, manifest, moved_to, threads)
+            backbone = _named_backbone(
+                folder, manifest, moved_to=moved_to, threads=threads, precision=precision, device=device
+            )
         else:
             backbone = backbone.with_views([View.parse(view) for view in facts.views])
         if (backbone.fingerprint, backbone.width) != (facts.fingerprint, facts.width):
@@ -83,7 +91,15 @@ class Router:
         return {name: head.predict(encoded.features_BD) for name, head in self.model.baselines.items()}
 
 
-def _named_backbone(folder: Path, manifest: Manifest, moved_to: str | None, threads: int | None) -> Backbone:
+def _named_backbone(
+    folder: Path,
+    manifest: Manifest,
+    *,
+    moved_to: str | None,
+    threads: int | None,
+    precision: Precision,
+    device: str,
+) -> Backbone:
     """The backbone that a checkpoint names, with the weights of the checkpoint if it has some."""
     facts = manifest.backbone
     name = backbone_location(facts.name, moved_to)
@@ -96,6 +112,8 @@ def _named_backbone(folder: Path, manifest: Manifest, moved_to: str | None, thre
             frame=facts.frame,
             weights=weights,
             threads=threads,
+            precision=precision,
+            device=device,
         )
     except BackboneError as error:
         # Another model in its place may lack a layer or a tensor; that is a symptom, told as its cause.

@@ -7,15 +7,17 @@ from typing import Any
 
 import numpy as np
 
+from router_model.backbone import Backbone
 from router_model.checkpoint import Manifest, TrainingFacts, write_checkpoint
 from router_model.embedding_cache import EmbeddingCache, encode_all
 from router_model.errors import CheckpointError
 from router_model.extension import EXTENSIONS_FACT, extend_model
 from router_model.inference import Router
 from router_model.model import RouterModel
+from router_model.network import Precision
 from router_model.pipeline.artifacts import git_revision
 from router_model.pipeline.progress import Progress
-from router_model.pipeline.train import training_table
+from router_model.pipeline.train import gated, training_table
 from router_model.probe_answers import require_extendable
 from router_model.table import ScoreTable
 from router_model.unseen import unseen_by
@@ -86,6 +88,11 @@ def extend_router(
         unseen=unseen_by(model.facts, manifest.training.prompt_sha256, hashes),
     )
     extended = replace(extended, facts=_with_origin(extended, manifest, table, len(new)))
+
+    def load(precision: Precision) -> Backbone:
+        return Router.load(checkpoint, precision=precision).backbone
+
+    extended = gated(extended, encoded, probes.prompts, load, progress)
     checkpoint_id = write_checkpoint(
         folder,
         extended,

@@ -12,11 +12,13 @@ from router_model.embedding_cache import encode_all
 from router_model.fine_tuning import FineTuned, fine_tune
 from router_model.heads import LinearHead
 from router_model.linear_fit import LinearMap
+from router_model.network import Precision
 from router_model.pipeline.progress import Progress
 from router_model.pipeline.train import (
     TrainResult,
     TrainSettings,
     backbone_facts,
+    gated,
     save_router,
     training_facts,
     training_table,
@@ -44,8 +46,9 @@ def fine_tune_router(
     require_trainable(training, alpha=recipe.alpha)
     tuned = _fine_tuned(training, settings, recipe, progress)
     backbone = _tuned_backbone(settings.backbone, tuned)
+    encoded = encode_all(backbone, training.prompts)
     model = fit_router(
-        encode_all(backbone, training.prompts).features_BD,
+        encoded.features_BD,
         training,
         alpha=recipe.alpha,
         normalization=recipe.normalization,
@@ -53,6 +56,11 @@ def fine_tune_router(
         seed=settings.seed,
         tuned=_tuned_head(tuned, recipe),
     )
+
+    def load(precision: Precision) -> Backbone:
+        return _tuned_backbone(settings.backbone, tuned, precision)
+
+    model = gated(model, encoded, training.prompts, load, progress)
     weights = save({name: tensor.contiguous() for name, tensor in tuned.state.items()}, {"format": "pt"})
     digest = hashlib.sha256(weights).hexdigest()
     return save_router(
@@ -91,9 +99,11 @@ def _fine_tuned(
     return tuned
 
 
-def _tuned_backbone(name: str, tuned: FineTuned) -> Backbone:
+def _tuned_backbone(name: str, tuned: FineTuned, precision: Precision = "fp32") -> Backbone:
     """The backbone with its new weights, seen as it was trained: its last layer, around the bare text."""
-    whole = load_backbone(name, max_tokens=tuned.max_tokens, frame="plain", state=tuned.state)
+    whole = load_backbone(
+        name, max_tokens=tuned.max_tokens, frame="plain", state=tuned.state, precision=precision
+    )
     return whole.with_views([whole.last_view(tuned.pooling)])
 
 

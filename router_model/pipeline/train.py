@@ -1,6 +1,6 @@
 """Stage ``train``: score table → router checkpoint."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from clients.types import HeadChoice, LearnabilityMeasure
-from router_model.backbone import Backbone, load_backbone
+from router_model.backbone import Backbone, Encoded, load_backbone
 from router_model.checkpoint import (
     BackboneFacts,
     StudentFacts,
@@ -18,8 +18,10 @@ from router_model.checkpoint import (
 )
 from router_model.donor import QualityDonor
 from router_model.embedding_cache import EmbeddingCache, encode_all
+from router_model.engine_gate import with_agreement
 from router_model.errors import TableError
 from router_model.model import RouterModel
+from router_model.network import Precision
 from router_model.pipeline.artifacts import git_revision
 from router_model.pipeline.progress import Progress
 from router_model.reward import Normalization
@@ -117,7 +119,32 @@ def train_router(
         model, seen = donor.completed(model, seen)
     progress.advance()
     progress.finish()
+
+    def load(precision: Precision) -> Backbone:
+        return load_backbone(
+            settings.backbone,
+            max_tokens=settings.max_tokens,
+            views=facts.views,
+            frame=facts.frame,
+            precision=precision,
+        )
+
+    model = gated(model, encoded, training.prompts, load, progress)
     return save_router(folder, model, settings, training, backbone=facts, seen=seen)
+
+
+def gated(
+    model: RouterModel,
+    encoded: Encoded,
+    prompts: Sequence[str],
+    load: Callable[[Precision], Backbone],
+    progress: Progress,
+) -> RouterModel:
+    """The model with what faster arithmetic would change, measured on its prompts."""
+    progress.start("check bf16", total=len(prompts))
+    model = with_agreement(model, encoded, prompts, load, progress.advance)
+    progress.finish()
+    return model
 
 
 def training_table(scores: Path, learnability: LearnabilityMeasure) -> ScoreTable:
