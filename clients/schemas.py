@@ -286,6 +286,50 @@ class TeachersResponse(BaseModel):
     teachers: list[TeacherState]
 
 
+class StudentState(BaseModel):
+    """One student and the router that serves it now."""
+
+    id: str
+    family: str | None
+    checkpoint_id: str
+    alpha: float = Field(description="The weight of learnability where a request names none.")
+    head: str
+    teachers: list[str]
+    backbone: str
+    engine: Literal["fp32", "bf16"] = Field(description="Arithmetic of the backbone.")
+    ready: bool
+    loaded: str = Field(description="RFC 3339 time since which this router serves.")
+    reload_failure: str | None = Field(
+        description="Why the last reload failed; null if it did not. The router from before serves."
+    )
+
+
+class StudentsResponse(BaseModel):
+    """Answer of ``GET /students``. The first is the default."""
+
+    students: list[StudentState]
+
+
+class ReloadRequest(_Strict):
+    """``POST /admin/reload``."""
+
+    student: NonEmptyText | None = Field(None, description="Student id; all if absent.")
+
+
+class ReloadedStudent(BaseModel):
+    """One student after a reload."""
+
+    student: str
+    checkpoint_id: str
+    previous_checkpoint_id: str
+
+
+class ReloadResponse(BaseModel):
+    """Answer of ``POST /admin/reload``."""
+
+    reloaded: list[ReloadedStudent]
+
+
 class Problem(BaseModel):
     """RFC 9457 problem document."""
 

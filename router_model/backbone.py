@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -40,6 +40,15 @@ class Encoded:
     features_BD: np.ndarray[tuple[int, int], np.dtype[np.float32]]
     input_tokens_B: np.ndarray[tuple[int], np.dtype[np.int64]]
     truncated_B: np.ndarray[tuple[int], np.dtype[np.bool_]]
+
+    @classmethod
+    def of(cls, prompts: Sequence[PromptEncoding], features_BD: Features) -> Self:
+        """Features with the lengths of their prompts."""
+        return cls(
+            features_BD=features_BD,
+            input_tokens_B=np.array([prompt.n_tokens for prompt in prompts], dtype=np.int64),
+            truncated_B=np.array([prompt.truncated for prompt in prompts], dtype=np.bool_),
+        )
 
 
 class Backbone:
@@ -112,15 +121,8 @@ class Backbone:
 
         How far they do is ``network.TOLERANCE``.
         """
-        return self.encode_prompts(self.tokenizer.encode(texts))
-
-    def encode_prompts(self, prompts: Sequence[PromptEncoding]) -> Encoded:
-        """The same of prompts that are tokenised already."""
-        return Encoded(
-            features_BD=self.features(prompts),
-            input_tokens_B=np.array([prompt.n_tokens for prompt in prompts], dtype=np.int64),
-            truncated_B=np.array([prompt.truncated for prompt in prompts], dtype=np.bool_),
-        )
+        prompts = self.tokenizer.encode(texts)
+        return Encoded.of(prompts, self.features(prompts))
 
     def features(self, prompts: Sequence[PromptEncoding]) -> Features:
         """Features of prompts that are tokenised already, in input order."""

@@ -23,10 +23,11 @@ from clients.registry import Registry
 from clients.sqlite_cache import SqliteCache
 from clients.types import Project
 from service.admission import Admission
-from service.api import route, synthesize, system
+from service.api import route, students, synthesize, system
 from service.api.dependencies import Services
 from service.api.docs import add_docs
 from service.api.problems import MEDIA_TYPE, problem_response
+from service.loading import ServingOptions
 from service.log import configure_logging
 from service.metrics import Metrics
 from service.middleware import ObserveRequests, ReadBody, RequireApiKey
@@ -106,7 +107,7 @@ def create_app(settings: Settings, project: Project) -> FastAPI:
     )
     app.state.metrics = metrics
     app.state.startup_error = None
-    for group in (route, synthesize, system):
+    for group in (route, synthesize, students, system):
         app.include_router(group.handlers)
     add_docs(app)
     for kind in (PersynError, RequestValidationError, HTTPException):
@@ -161,9 +162,14 @@ async def _open(stack: AsyncExitStack, settings: Settings, project: Project, met
         open_students(
             project.students,
             registry.ids,
+            ServingOptions(
+                engine=settings.engine,
+                device=settings.device,
+                batch_tokens=settings.batch_tokens,
+                threads=settings.threads,
+                n_tokenizer_threads=settings.tokenizer_threads,
+            ),
             thread=thread,
-            batch_tokens=settings.batch_tokens,
-            threads=settings.threads,
             observer=metrics,
         )
     )

@@ -6,39 +6,71 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Executor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, Literal, Protocol, TypeVar
 
-from service.errors import NotReadyError
+from service.errors import DeadlineExceededError, NotReadyError
 
 ItemT = TypeVar("ItemT")
 OutputT = TypeVar("OutputT")
+Priority = Literal["interactive", "bulk"]
+
+_BULK_TURN = 4
+"""Of so many batches in a row one begins with bulk items that wait: they are slowed, never stopped."""
+_LOOK_AHEAD = 64
+"""Calls whose next item is too large for the room left, and that are passed over for smaller ones. Each is
+first in its queue then, and the first of the next batch is taken whatever its size."""
 
 
 class BatchObserver(Protocol):
     """Told of each batch; the service counts them."""
 
-    def batch_done(self, n_items: int, duration_s: float) -> None:
-        """One call on the model thread succeeded."""
+    def batch_done(self, n_items: int, n_tokens: int, duration_s: float) -> None:
+        """One call on the model thread succeeded; ``n_tokens`` is what its items cost."""
 
     def batch_failed(self) -> None:
-        """One call on the model thread raised; its items are tried one by one."""
+        """One call on the model thread raised; its halves are tried, down to the guilty item."""
+
+    def items_dropped(self, n_items: int) -> None:
+        """Items were dropped before the work: their caller had left, or its deadline had passed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Batched(Generic[OutputT]):
+    """What a caller gets: an output for each of its items or the exception that it alone raised."""
+
+    outputs: list[OutputT | Exception]
+    queue_s: float
+    """Of the time that the call took, what was not spent on its own batches."""
+    work_s: float
+    """Duration of the batches that held its items."""
 
 
 @dataclass(slots=True, eq=False)
 class _Call(Generic[ItemT, OutputT]):
-    """What one caller waits for: an output or an error for each of its items."""
+    """What one caller waits for."""
 
     items: Sequence[ItemT]
     outputs: list[OutputT | Exception | None]
     finished: "asyncio.Future[None]"
+    deadline_s: float | None
     n_taken: int = 0
     n_done: int = 0
+    work_s: float = 0.0
 
     def settle(self, index: int, output: OutputT | Exception) -> None:
+        if self.outputs[index] is None:
+            self.n_done += 1
         self.outputs[index] = output
-        self.n_done += 1
         if self.n_done == len(self.items) and not self.finished.done():
             self.finished.set_result(None)
+
+    def fail_untaken(self, error: Exception) -> int:
+        """Settle all items that are in no batch yet; returns how many."""
+        untaken = range(self.n_taken, len(self.items))
+        self.n_taken = len(self.items)
+        for index in untaken:
+            self.settle(index, error)
+        return len(untaken)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +79,7 @@ class _Slot(Generic[ItemT, OutputT]):
 
     call: _Call[ItemT, OutputT]
     index: int
+    cost: int
 
     @property
     def item(self) -> ItemT:
@@ -60,9 +93,13 @@ class _Slot(Generic[ItemT, OutputT]):
 class Batcher(Generic[ItemT, OutputT]):
     """Collects items while the thread is busy and hands them over together: no timer, no added latency.
 
-    Callers take turns item by item, so that one call of ten thousand does not hold up a call of one. An item
-    whose caller has left is dropped before the work. A failed batch is done again item by item, so that only
-    the guilty item fails.
+    A batch is bounded by the cost of its items, not by their number. Interactive items go before bulk ones,
+    which get the room that is left and every fourth batch. Callers of one priority take turns item by item,
+    so that one call of ten thousand does not hold up a call of one. An item whose caller has left or whose
+    deadline has passed is dropped before the work. A failed batch is halved until the guilty item is alone.
+
+    Items are not sorted by length: the engine packs rows, so neighbours of other lengths cost nothing; an
+    item that does not fit in the room left is passed over once, for smaller ones.
 
     Args:
         work: Blocking; one output per item, in order.
@@ -85,13 +122,37 @@ class Batcher(Generic[ItemT, OutputT]):
         self._budget = budget
         self._thread = thread
         self._observer = observer
-        self._waiting: deque[_Call[ItemT, OutputT]] = deque()
+        self._waiting: dict[Priority, deque[_Call[ItemT, OutputT]]] = {
+            "interactive": deque(),
+            "bulk": deque(),
+        }
         self._arrived = asyncio.Event()
         self._closing = False
+        self._n_batches = 0
+        self._busy_since_s: float | None = None
         self.running = False
+        self.n_failures_in_row = 0
+        """Batches that raised since the last one that did not."""
 
-    async def submit(self, items: Sequence[ItemT]) -> list[OutputT | Exception]:
+    @property
+    def busy_s(self) -> float:
+        """For how long the batch that is being worked on has been so; 0 if none is."""
+        if self._busy_since_s is None:
+            return 0.0
+        return asyncio.get_running_loop().time() - self._busy_since_s
+
+    async def submit(
+        self,
+        items: Sequence[ItemT],
+        *,
+        priority: Priority = "interactive",
+        deadline_s: float | None = None,
+    ) -> Batched[OutputT]:
         """The output of each item, or the exception that it alone raised.
+
+        Args:
+            deadline_s: Absolute event-loop time. Items that have not begun by then get a
+                ``DeadlineExceededError`` and cost no work.
 
         Raises:
             NotReadyError: The batcher is not running.
@@ -99,60 +160,94 @@ class Batcher(Generic[ItemT, OutputT]):
         if self._closing or not self.running:
             raise NotReadyError("the service is starting or shutting down")
         if not items:
-            return []
-        outputs: list[OutputT | Exception | None] = [None] * len(items)
-        call = _Call(items, outputs, asyncio.get_running_loop().create_future())
-        self._waiting.append(call)
+            return Batched([], 0.0, 0.0)
+        loop = asyncio.get_running_loop()
+        started_s = loop.time()
+        call: _Call[ItemT, OutputT] = _Call(items, [None] * len(items), loop.create_future(), deadline_s)
+        self._waiting[priority].append(call)
         self._arrived.set()
         # Cancelling the caller cancels the future, and that is how its items are dropped.
         await call.finished
-        return [output for output in call.outputs if output is not None]
+        outputs = [output for output in call.outputs if output is not None]
+        return Batched(outputs, loop.time() - started_s - call.work_s, call.work_s)
 
     async def run(self) -> None:
         """Serve until ``close`` and until nothing is left to do."""
         self.running = True
         try:
-            while not (self._closing and not self._waiting):
+            while not (self._closing and not self._has_waiting()):
                 await self._arrived.wait()
                 batch = self._take_batch()
                 if batch:
                     await self._serve(batch)
         finally:
             self.running = False
+            self._refuse_waiting()
 
     def close(self) -> None:
         """Refuse new calls; ``run`` returns when those admitted are answered."""
         self._closing = True
         self._arrived.set()
 
+    def _has_waiting(self) -> bool:
+        return any(self._waiting.values())
+
+    def _refuse_waiting(self) -> None:
+        """Nobody waits for a loop that has ended."""
+        for queue in self._waiting.values():
+            for call in queue:
+                call.fail_untaken(NotReadyError("the service is shutting down"))
+            queue.clear()
+
     def _take_batch(self) -> list[_Slot[ItemT, OutputT]]:
         """The next items within the budget, one of each waiting call in turn."""
+        self._n_batches += 1
+        order: tuple[Priority, Priority] = ("interactive", "bulk")
+        if self._n_batches % _BULK_TURN == 0:
+            order = ("bulk", "interactive")
         batch: list[_Slot[ItemT, OutputT]] = []
         room = self._budget
-        while self._waiting:
-            call = self._waiting[0]
+        for priority in order:
+            room = self._fill(batch, self._waiting[priority], room)
+        if not self._has_waiting() and not self._closing:
+            self._arrived.clear()
+        return batch
+
+    def _fill(
+        self, batch: list[_Slot[ItemT, OutputT]], waiting: deque[_Call[ItemT, OutputT]], room: int
+    ) -> int:
+        """Take items of one queue; returns the room left."""
+        now_s = asyncio.get_running_loop().time()
+        passed_over: list[_Call[ItemT, OutputT]] = []
+        while waiting and room > 0 and len(passed_over) < _LOOK_AHEAD:
+            call = waiting.popleft()
             if call.finished.done():
-                self._waiting.popleft()
+                self._observer.items_dropped(len(call.items) - call.n_taken)
+                continue
+            if call.deadline_s is not None and now_s >= call.deadline_s:
+                late = DeadlineExceededError("the deadline passed before the prompt's turn came")
+                self._observer.items_dropped(call.fail_untaken(late))
                 continue
             cost = self._cost(call.items[call.n_taken])
             if batch and cost > room:
-                break
-            batch.append(_Slot(call, call.n_taken))
+                passed_over.append(call)
+                continue
+            batch.append(_Slot(call, call.n_taken, cost))
             room -= cost
             call.n_taken += 1
-            self._waiting.popleft()
             if call.n_taken < len(call.items):
-                self._waiting.append(call)
-        if not self._waiting and not self._closing:
-            self._arrived.clear()
-        return batch
+                waiting.append(call)
+        waiting.extendleft(reversed(passed_over))
+        return room
 
     async def _serve(self, batch: Sequence[_Slot[ItemT, OutputT]]) -> None:
         outputs = await self._call_thread(batch)
         if isinstance(outputs, Exception) and len(batch) > 1:
-            for slot in batch:
-                if slot.wanted:
-                    await self._serve([slot])
+            middle = len(batch) // 2
+            for half in (batch[:middle], batch[middle:]):
+                wanted = [slot for slot in half if slot.wanted]
+                if wanted:
+                    await self._serve(wanted)
         elif isinstance(outputs, Exception):
             batch[0].call.settle(batch[0].index, outputs)
         else:
@@ -163,19 +258,24 @@ class Batcher(Generic[ItemT, OutputT]):
         """The outputs of a batch, or whatever its work raised: the loop outlives every failure."""
         loop = asyncio.get_running_loop()
         items = [slot.item for slot in batch]
-        started_s = loop.time()
+        self._busy_since_s = started_s = loop.time()
         working = loop.run_in_executor(self._thread, self._work, items)
         await asyncio.wait([working])
-        error = working.exception()
-        if isinstance(error, Exception):
+        self._busy_since_s = None
+        duration_s = loop.time() - started_s
+        for call in {id(slot.call): slot.call for slot in batch}.values():
+            call.work_s += duration_s
+        failure = working.exception()
+        if failure is None and len(working.result()) != len(items):
+            failure = RuntimeError(f"{len(working.result())} outputs for {len(items)} items")
+        if failure is not None:
+            self.n_failures_in_row += 1
             self._observer.batch_failed()
-            return error
-        outputs = working.result()
-        if len(outputs) != len(items):
-            self._observer.batch_failed()
-            return RuntimeError(f"{len(outputs)} outputs for {len(items)} items")
-        self._observer.batch_done(len(items), loop.time() - started_s)
-        return outputs
+            # What is no Exception (a SystemExit in the work) must not end the loop either.
+            return failure if isinstance(failure, Exception) else RuntimeError(repr(failure))
+        self.n_failures_in_row = 0
+        self._observer.batch_done(len(items), sum(slot.cost for slot in batch), duration_s)
+        return working.result()
 
 
 @asynccontextmanager

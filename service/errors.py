@@ -1,6 +1,6 @@
 """The branch of the error tree that belongs to the service. Statuses stand in ``api/problems.py``."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from clients.errors import PersynError
@@ -59,3 +59,15 @@ class InvalidRequestError(ServiceError):
     def __init__(self, message: str, *, loc: Sequence[str | int]) -> None:
         super().__init__(message)
         self.errors: list[dict[str, Any]] = [{"loc": ["body", *loc], "msg": message}]
+
+
+class ReloadFailedError(ServiceError):
+    """A checkpoint could not be reloaded; the routers from before serve.
+
+    Args:
+        reasons: By student id.
+    """
+
+    def __init__(self, reasons: Mapping[str, str]) -> None:
+        told = "; ".join(f"{student}: {reason}" for student, reason in reasons.items())
+        super().__init__(f"not reloaded, the router from before serves: {told}", details={"failed": reasons})

@@ -12,6 +12,7 @@ _HTTP_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0
 _TEACHER_BUCKETS_S = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0)
 _BATCH_BUCKETS_S = (0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 _BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+_BATCH_TOKENS = (16, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 
 
 class Metrics:
@@ -85,6 +86,14 @@ class Metrics:
         self._batch_prompts = Histogram(
             "persyn_batch_prompts", "Prompts per forward pass.", buckets=_BATCH_SIZES, registry=registry
         )
+        self._batch_tokens = Histogram(
+            "persyn_batch_tokens", "Tokens per forward pass.", buckets=_BATCH_TOKENS, registry=registry
+        )
+        self._dropped_prompts = Counter(
+            "persyn_route_dropped_prompts_total",
+            "Prompts dropped before the forward pass: their caller left, or their deadline passed.",
+            registry=registry,
+        )
         self._batch_duration = Histogram(
             "persyn_batch_duration_seconds",
             "Time of one forward pass, waiting for the model thread included.",
@@ -143,11 +152,16 @@ class Metrics:
         """See ``clients.dispatcher.DispatchObserver``."""
         self._cache_failures.inc()
 
-    def batch_done(self, n_items: int, duration_s: float) -> None:
+    def batch_done(self, n_items: int, n_tokens: int, duration_s: float) -> None:
         """See ``service.batching.BatchObserver``."""
         self._batch_prompts.observe(n_items)
+        self._batch_tokens.observe(n_tokens)
         self._batch_duration.observe(duration_s)
 
     def batch_failed(self) -> None:
         """See ``service.batching.BatchObserver``."""
         self._batch_failures.inc()
+
+    def items_dropped(self, n_items: int) -> None:
+        """See ``service.batching.BatchObserver``."""
+        self._dropped_prompts.inc(n_items)

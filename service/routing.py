@@ -10,11 +10,13 @@ from clients.canonical import messages_hash
 from clients.schemas import PromptBody, RouteRequest
 from clients.types import Price, Prompt, RoutingDecision, Strategy
 from router_model.decision import decide, outlook_at
+from router_model.joint_inference import ScoredPrompt
 from router_model.strategies import RouteOptions
 from router_model.tokenization import message_text, prompt_text
 from service.admission import Admission
+from service.batching import Priority
 from service.errors import DeadlineExceededError, InvalidRequestError
-from service.students import ScoredPrompt, Student, Students
+from service.students import Student, Students
 
 _ID_LENGTH = 16
 _CHUNK = 64
@@ -43,6 +45,8 @@ class Routed:
     """Share of the prompts whose best teacher is in the conformal set; ``None`` if not calibrated."""
     prompts: Sequence[Prompt]
     decisions: Sequence[RoutingDecision | Exception]
+    timings_s: Mapping[str, float]
+    """Seconds in which the prompts were tokenised, waited, and went through the model."""
 
 
 class RoutingService:
@@ -68,10 +72,17 @@ class RoutingService:
         self._queue = queue
         self._observer = observer
 
-    async def route(self, request: RouteRequest, *, deadline_s: float | None = None) -> Routed:
+    async def route(
+        self,
+        request: RouteRequest,
+        *,
+        deadline_s: float | None = None,
+        priority: Priority = "interactive",
+    ) -> Routed:
         """Decide which teacher answers each prompt.
 
         Args:
+            priority: ``bulk`` gives way to interactive calls.
             deadline_s: Absolute event-loop time after which the caller has no use for an answer.
 
         Raises:
@@ -86,10 +97,15 @@ class RoutingService:
         options = self._options(request)
         try:
             async with asyncio.timeout_at(deadline_s):
-                with self._queue.permits(len(request.prompts)):
+                # Held from here on: a reload must not close what this call will use.
+                with student.served.in_use(), self._queue.permits(len(request.prompts)):
                     prompts = await _prompts(request.prompts)
-                    scored = await student.score([prompt_text(prompt.messages) for prompt in prompts])
-                    decisions = await self._decide(student, options, prompts, scored)
+                    scored = await student.score(
+                        [prompt_text(prompt.messages) for prompt in prompts],
+                        priority=priority,
+                        deadline_s=deadline_s,
+                    )
+                    decisions = await self._decide(student, options, prompts, scored.prompts)
         except TimeoutError:
             raise DeadlineExceededError("the deadline passed before all prompts were routed") from None
         return Routed(
@@ -97,9 +113,14 @@ class RoutingService:
             student=student.spec.id,
             strategy=request.strategy,
             alpha=student.manifest.alpha if request.alpha is None else request.alpha,
-            coverage=_coverage(scored, request.alpha),
+            coverage=_coverage(scored.prompts, request.alpha),
             prompts=prompts,
             decisions=decisions,
+            timings_s={
+                "tokenise": scored.tokenise_s,
+                "queue": scored.queue_s,
+                "inference": scored.inference_s,
+            },
         )
 
     async def _decide(

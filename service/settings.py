@@ -60,7 +60,16 @@ class Settings(BaseSettings):
         ge=1,
         description="Prompts that may wait for the router; if none wait, any call is let in.",
     )
-    batch_tokens: int = Field(4096, ge=1, description="Estimated tokens that share one forward pass.")
+    batch_tokens: int = Field(
+        2048, ge=1, description="Tokens that share one forward pass; a longer prompt goes alone."
+    )
+    engine: Literal["auto", "fp32", "bf16"] = Field(
+        "auto",
+        description="Arithmetic of the backbones; auto takes bf16 where the hardware has it and the "
+        "checkpoint has passed the gate in training.",
+    )
+    device: str = Field("cpu", min_length=1, description="Torch device of the backbones: cpu, cuda, cuda:1.")
+    tokenizer_threads: int = Field(2, ge=1, description="Threads that turn prompts into tokens.")
     threads: int | None = Field(
         None, ge=1, description="CPU threads of the router; unset, as many as torch chooses."
     )

@@ -1,71 +1,107 @@
-"""Student id → its loaded router: loaded and warmed at the start, on the thread that will use it."""
+"""Student id → its loaded router. Reloads are atomic: the old one serves until the new one has answered."""
 
 import asyncio
-import functools
-from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from concurrent.futures import Executor
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from difflib import get_close_matches
-from pathlib import Path
 
 import structlog
 
-from clients.errors import ConfigurationError
+from clients.errors import ConfigurationError, PersynError
 from clients.types import StudentSpec
-from router_model.backbone import Backbone
-from router_model.checkpoint import Manifest, read_checkpoint
+from router_model.checkpoint import Manifest
 from router_model.inference import Router
-from router_model.outlook import RouterOutput
-from service.batching import Batcher, BatchObserver, running
-from service.errors import UnknownStudentError
+from router_model.joint_inference import Job, ScoredPrompt
+from service.batching import BatchObserver, Priority
+from service.errors import ReloadFailedError, UnknownStudentError
+from service.loading import BackboneKey, RouterLoader, ServedBackbone, ServingOptions
 
 logger = structlog.get_logger(__name__)
 
-BackboneKey = tuple[str, str, int, str | None]
-"""Fingerprint, frame, token limit, fine-tuned weights: what makes two backbones the same."""
-
-_CHARS_PER_TOKEN = 4
-_WARM_UP_TEXT = "Warm up."
+_FAILURES_BEFORE_DOUBT = 3
+_HUNG_S = 120.0
 
 
 @dataclass(frozen=True, slots=True)
-class ScoredPrompt:
-    """One prompt's row in the output of the batch it was scored in."""
+class Scored:
+    """What a router says of each prompt of a call, and where the time went."""
 
-    output: RouterOutput
-    row: int
+    prompts: list[ScoredPrompt | Exception]
+    """An error stands in place of its own prompt."""
+    tokenise_s: float
+    queue_s: float
+    inference_s: float
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Student:
-    """One student with its router, ready to score prompts."""
+    """One student with its router, ready to score prompts. A reload makes a new one."""
 
     spec: StudentSpec
-    manifest: Manifest
-    backbone: Backbone
-    batcher: Batcher[str, ScoredPrompt]
+    router: Router
+    served: ServedBackbone
+    loaded: datetime
+
+    @property
+    def manifest(self) -> Manifest:
+        """Of its checkpoint."""
+        return self.router.manifest
 
     @property
     def teachers(self) -> tuple[str, ...]:
         """Ids of the teachers that its router can choose, in column order."""
         return tuple(teacher.id for teacher in self.manifest.teachers)
 
-    @property
-    def ready(self) -> bool:
-        """Whether prompts can be scored now. A student exists only after its warm-up pass."""
-        return self.batcher.running
+    async def is_ready(self) -> bool:
+        """Whether prompts can be scored now. After failed batches only a new forward pass can tell."""
+        batcher = self.served.batcher
+        if not batcher.running or batcher.busy_s > _HUNG_S:
+            return False
+        if batcher.n_failures_in_row < _FAILURES_BEFORE_DOUBT:
+            return True
+        scored = await self.score(["Is the router well?"])
+        return not isinstance(scored.prompts[0], Exception)
 
-    async def score(self, texts: Sequence[str]) -> list[ScoredPrompt | Exception]:
-        """Score prompts together with those of other callers; an error stands in place of its own prompt."""
-        return await self.batcher.submit(texts)
+    async def score(
+        self, texts: Sequence[str], *, priority: Priority = "interactive", deadline_s: float | None = None
+    ) -> Scored:
+        """Score prompts together with those of other callers.
+
+        Args:
+            deadline_s: Absolute event-loop time after which no prompt is begun.
+        """
+        clock = asyncio.get_running_loop().time
+        started_s = clock()
+        with self.served.in_use():
+            prompts = await self.served.tokenizer.encode(texts, priority=priority)
+            tokenised_s = clock()
+            jobs = [Job(self.router, prompt) for prompt in prompts]
+            batched = await self.served.batcher.submit(jobs, priority=priority, deadline_s=deadline_s)
+        return Scored(batched.outputs, tokenised_s - started_s, batched.queue_s, batched.work_s)
+
+
+@dataclass(frozen=True, slots=True)
+class Reloaded:
+    """One student after a reload."""
+
+    student: str
+    checkpoint_id: str
+    previous_checkpoint_id: str
 
 
 class Students:
     """The closed set of students of a process. The first is the default."""
 
-    def __init__(self, students: Iterable[Student]) -> None:
-        self._students = {student.spec.id: student for student in students}
+    def __init__(self, loader: RouterLoader) -> None:
+        self._loader = loader
+        self._students: dict[str, Student] = {}
+        self._keys: dict[str, BackboneKey] = {}
+        self._reloading = asyncio.Lock()
+        self.failures: dict[str, str] = {}
+        """Why the last reload of a student failed, by its id; the router from before serves it."""
 
     def __iter__(self) -> Iterator[Student]:
         return iter(self._students.values())
@@ -89,17 +125,65 @@ class Students:
 
     def of_teacher(self, teacher_id: str) -> list[str]:
         """Ids of the students whose router can choose a teacher."""
-        return [student.spec.id for student in self._students.values() if teacher_id in student.teachers]
+        return [student.spec.id for student in self if teacher_id in student.teachers]
+
+    async def add(self, spec: StudentSpec) -> None:
+        """Load a student and let it serve, in place of the one that has its id, if there is one.
+
+        Raises:
+            PersynError: As ``RouterLoader.load``. Whoever served before goes on serving.
+        """
+        router, key, served = await self._loader.load(spec, self._backbones())
+        before = self._students.get(spec.id)
+        # From here to the end nothing awaits: every call finds either the old router or the new one.
+        self._students[spec.id] = Student(spec, router, served, datetime.now(UTC))
+        self._keys[spec.id] = key
+        self.failures.pop(spec.id, None)
+        if before is not None and all(student.served is not before.served for student in self):
+            before.served.retire()
+        logger.info("student_loaded", student=spec.id, checkpoint_id=router.manifest.checkpoint_id)
+
+    async def reload(self, student_id: str | None) -> list[Reloaded]:
+        """Read the checkpoints anew, of one student or of all.
+
+        Raises:
+            UnknownStudentError: The id is not in the project file.
+            ReloadFailedError: A checkpoint cannot be used. Its student keeps the router that it had; the
+                others are reloaded.
+        """
+        wanted = list(self) if student_id is None else [self.get(student_id)]
+        async with self._reloading:
+            reloaded, failed = [], {}
+            for student in wanted:
+                previous = self.get(student.spec.id).manifest.checkpoint_id
+                try:
+                    await self.add(student.spec)
+                except PersynError as error:
+                    failed[student.spec.id] = self.failures[student.spec.id] = error.message
+                    logger.warning("student_not_reloaded", student=student.spec.id, reason=error.message)
+                    continue
+                now = self.get(student.spec.id).manifest.checkpoint_id
+                reloaded.append(Reloaded(student.spec.id, now, previous))
+        if failed:
+            raise ReloadFailedError(failed)
+        return reloaded
+
+    def close(self) -> None:
+        """Take no new call; those admitted are answered."""
+        for served in {id(student.served): student.served for student in self}.values():
+            served.close()
+
+    def _backbones(self) -> dict[BackboneKey, ServedBackbone]:
+        return {self._keys[student.spec.id]: student.served for student in self}
 
 
 @asynccontextmanager
 async def open_students(
     specs: Sequence[StudentSpec],
     teacher_ids: Sequence[str],
+    options: ServingOptions,
     *,
     thread: Executor,
-    batch_tokens: int,
-    threads: int | None,
     observer: BatchObserver,
 ) -> AsyncIterator[Students]:
     """Load every student, do a forward pass of each, and serve while the block runs.
@@ -107,7 +191,6 @@ async def open_students(
     Args:
         teacher_ids: The teachers of the project.
         thread: The model thread: one worker.
-        threads: Torch threads, torch's own choice if ``None``.
 
     Raises:
         ConfigurationError: No student, or a router that was trained with teachers the project lacks.
@@ -116,65 +199,21 @@ async def open_students(
     """
     if not specs:
         raise ConfigurationError("the project file defines no student; serve needs at least one")
-    loop = asyncio.get_running_loop()
-    async with AsyncExitStack() as stack:
-        students = []
-        for router, spec in zip(
-            await loop.run_in_executor(thread, _load_routers, specs, teacher_ids, threads), specs, strict=True
-        ):
-            work = functools.partial(_score, router)
-            cost = functools.partial(_estimated_tokens, max_tokens=router.backbone.max_tokens)
-            batcher: Batcher[str, ScoredPrompt] = Batcher(
-                work, cost=cost, budget=batch_tokens, thread=thread, observer=observer
-            )
-            await stack.enter_async_context(running(batcher))
-            students.append(Student(spec, router.manifest, router.backbone, batcher))
-        yield Students(students)
-
-
-def _load_routers(
-    specs: Sequence[StudentSpec], teacher_ids: Sequence[str], threads: int | None
-) -> list[Router]:
-    """Load and warm the routers. Students with the same backbone share it in memory."""
-    backbones: dict[BackboneKey, Backbone] = {}
-    routers = []
-    for spec in specs:
-        router = _load_router(spec, backbones, threads)
-        _require_known_teachers(spec, router.manifest, teacher_ids)
-        router.score([_WARM_UP_TEXT])
-        logger.info("student_loaded", student=spec.id, checkpoint_id=router.manifest.checkpoint_id)
-        routers.append(router)
-    return routers
-
-
-def _load_router(spec: StudentSpec, backbones: dict[BackboneKey, Backbone], threads: int | None) -> Router:
-    folder = Path(spec.checkpoint)
-    _, manifest = read_checkpoint(folder)
-    wanted = manifest.backbone
-    key = (wanted.fingerprint, wanted.frame, wanted.max_tokens, wanted.weights_sha256)
-    router = Router.load(folder, backbones.get(key), moved_to=spec.backbone, threads=threads)
-    backbones[key] = router.backbone
-    return router
-
-
-def _require_known_teachers(spec: StudentSpec, manifest: Manifest, teacher_ids: Sequence[str]) -> None:
-    trained = [teacher.id for teacher in manifest.teachers]
-    missing = manifest.teachers_beyond(teacher_ids)
-    if missing:
-        raise ConfigurationError(
-            f"the router of student {spec.id!r} ({spec.checkpoint}) was trained with teachers that the "
-            f"project file does not define: {', '.join(missing)}; define them, or train without them"
-        )
-    unroutable = [teacher for teacher in teacher_ids if teacher not in trained]
-    if unroutable:
-        logger.warning("teachers_not_routable", student=spec.id, teachers=unroutable)
-
-
-def _score(router: Router, texts: Sequence[str]) -> list[ScoredPrompt]:
-    output = router.score(texts)
-    return [ScoredPrompt(output, row) for row in range(len(texts))]
-
-
-def _estimated_tokens(text: str, *, max_tokens: int) -> int:
-    """What a prompt takes of a batch: the backbone reads ``max_tokens`` at most."""
-    return min(max_tokens, len(text) // _CHARS_PER_TOKEN + 1)
+    failure: PersynError | None = None
+    async with asyncio.TaskGroup() as group:
+        loader = RouterLoader(teacher_ids, options, thread=thread, group=group, observer=observer)
+        await loader.prepare_thread()
+        students = Students(loader)
+        try:
+            for spec in specs:
+                await students.add(spec)
+        except PersynError as error:
+            # Raised inside, the group would wrap it.
+            failure = error
+        try:
+            if failure is None:
+                yield students
+        finally:
+            students.close()
+    if failure is not None:
+        raise failure

@@ -76,6 +76,7 @@ ROWS: Mapping[type[Exception], Row] = {
     service_errors.DeadlineExceededError: Row(504, "deadline-exceeded", "The deadline has passed", "persyn"),
     service_errors.NotReadyError: Row(503, "not-ready", "The service is not ready", "persyn"),
     service_errors.UnknownStudentError: Row(404, "unknown-student", "There is no such student", "client"),
+    service_errors.ReloadFailedError: Row(409, "reload-failed", "A checkpoint was not reloaded", "persyn"),
     service_errors.UnauthorizedError: Row(401, "unauthorized", "A valid API key is needed", "client"),
     service_errors.PayloadTooLargeError: Row(
         413, "payload-too-large", "The request body is too large", "client"

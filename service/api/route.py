@@ -1,5 +1,6 @@
 """``POST /route``."""
 
+from collections.abc import Mapping
 from dataclasses import fields
 from typing import Annotated
 
@@ -43,7 +44,16 @@ async def route(
         coverage=routed.coverage,
         decisions=decisions,
     )
-    return Response(body.model_dump_json(), media_type="application/json")
+    return Response(
+        body.model_dump_json(),
+        media_type="application/json",
+        headers={"server-timing": server_timing(routed.timings_s)},
+    )
+
+
+def server_timing(timings_s: Mapping[str, float]) -> str:
+    """The ``Server-Timing`` header: durations in milliseconds."""
+    return ", ".join(f"{name};dur={duration_s * 1e3:.2f}" for name, duration_s in timings_s.items())
 
 
 def _decision_body(decision: RoutingDecision) -> DecisionBody:

@@ -47,7 +47,7 @@ async def livez() -> Liveness:
 @handlers.get("/readyz", responses=documented(503), summary="Whether prompts can be routed now")
 async def readyz(services: OpenServices) -> Readiness:
     """True when every student has done a real forward pass and takes prompts."""
-    waiting = [student.spec.id for student in services.students if not student.ready]
+    waiting = [student.spec.id for student in services.students if not await student.is_ready()]
     if waiting:
         raise NotReadyError(f"students that do not take prompts now: {', '.join(waiting)}")
     return Readiness(

@@ -45,8 +45,11 @@ class Silent:
         """Nothing is shown."""
 
 
-def train_checkpoint(folder: Path, backbone: Path, teachers: Sequence[str] = TEACHERS) -> Path:
+def train_checkpoint(
+    folder: Path, backbone: Path, teachers: Sequence[str] = TEACHERS, *, max_tokens: int = 256
+) -> Path:
     """A router for which the first teacher is good at sums, the last at verse, any other at neither."""
+    folder.mkdir(parents=True, exist_ok=True)
     scores = folder / "scores.jsonl"
     with scores.open("w") as file:
         for kind, templates in enumerate((MATHS, VERSE)):
@@ -66,7 +69,7 @@ def train_checkpoint(folder: Path, backbone: Path, teachers: Sequence[str] = TEA
                     file.write(json.dumps(row) + "\n")
     checkpoint = folder / "checkpoint"
     settings = TrainSettings(
-        student="tiny", student_family="family-1", backbone=str(backbone), head="ridge", max_tokens=256
+        student="tiny", student_family="family-1", backbone=str(backbone), head="ridge", max_tokens=max_tokens
     )
     train_router(scores, checkpoint, settings, progress=Silent())
     return checkpoint

@@ -92,7 +92,8 @@ def test_dispatch_batches_and_routing_are_counted() -> None:
     metrics = Metrics("1")
     metrics.upstream_called("a", "TeacherTimeoutError", 2.0)
     metrics.cache_used("miss")
-    metrics.batch_done(7, 0.02)
+    metrics.batch_done(7, 900, 0.02)
+    metrics.items_dropped(3)
     metrics.batch_failed()
     decision = RoutingDecision("p", "a", {}, {}, {}, {}, {}, 1.0, 0.0, False, 9, True)
     metrics.prompt_routed("s", "persyn", decision)
@@ -100,6 +101,8 @@ def test_dispatch_batches_and_routing_are_counted() -> None:
     assert _value(metrics, "persyn_teacher_latency_seconds_sum", teacher="a") == 2.0
     assert _value(metrics, "persyn_response_cache_total", outcome="miss") == 1
     assert _value(metrics, "persyn_batch_prompts_sum") == 7
+    assert _value(metrics, "persyn_batch_tokens_sum") == 900
     assert _value(metrics, "persyn_batch_failures_total") == 1
+    assert _value(metrics, "persyn_route_dropped_prompts_total") == 3
     assert _value(metrics, "persyn_route_prompts_total", student="s", strategy="persyn", teacher="a") == 1
     assert _value(metrics, "persyn_route_truncated_prompts_total", student="s") == 1

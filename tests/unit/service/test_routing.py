@@ -1,7 +1,9 @@
 """RoutingService on a scripted router: ids, restrictions, cost, and what is refused."""
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,8 +12,10 @@ import pytest
 from clients.schemas import RouteRequest
 from clients.types import Price, RoutingDecision, StudentSpec
 from router_model.errors import StrategyError
+from router_model.joint_inference import ScoredPrompt
 from router_model.model import TeacherSummary
 from service.admission import Admission
+from service.batching import Batched
 from service.errors import (
     DeadlineExceededError,
     InvalidRequestError,
@@ -19,7 +23,7 @@ from service.errors import (
     UnknownStudentError,
 )
 from service.routing import Routed, RoutingService
-from service.students import ScoredPrompt, Student, Students
+from service.students import Student, Students
 from tests.unit.planted import planted_manifest, planted_output
 
 TEACHERS = ("a", "b", "c")
@@ -47,7 +51,10 @@ def manifest(*, learnability: float | None = -1.0) -> Any:
 
 
 class ScriptedBatcher:
-    """Gives each text the strengths that the test set for it; raises in place of poison."""
+    """Gives each text the strengths that the test set for it; raises in place of poison.
+
+    Stands for a whole ServedBackbone: its tokenizer leaves texts as they are.
+    """
 
     running = True
 
@@ -55,13 +62,39 @@ class ScriptedBatcher:
         self.strengths: dict[str, Sequence[float] | Mapping[float | None, Sequence[float]]] = {}
         self.facts: dict[str, Any] = {}
         self.texts: list[str] = []
+        self.priorities: list[str] = []
         self.gate: asyncio.Event | None = None
+        self.n_users = 0
 
-    async def submit(self, texts: Sequence[str]) -> list[ScoredPrompt | Exception]:
+    @property
+    def batcher(self) -> "ScriptedBatcher":
+        return self
+
+    @property
+    def tokenizer(self) -> "ScriptedBatcher":
+        return self
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        self.n_users += 1
+        try:
+            yield
+        finally:
+            self.n_users -= 1
+
+    async def encode(self, texts: Sequence[str], *, priority: str) -> list[Any]:
+        return list(texts)
+
+    async def submit(
+        self, jobs: Sequence[Any], *, priority: str, deadline_s: float | None
+    ) -> Batched[ScoredPrompt]:
+        assert self.n_users
+        texts = [job.prompt for job in jobs]
         self.texts += texts
+        self.priorities.append(priority)
         if self.gate is not None:
             await self.gate.wait()
-        return [self._scored(text) for text in texts]
+        return Batched([self._scored(text) for text in texts], 0.25, 0.5)
 
     def _scored(self, text: str) -> ScoredPrompt | Exception:
         if text == "poison":
@@ -89,11 +122,13 @@ def service_of(
     prices: dict[str, Price] | None = None,
 ) -> RoutingService:
     """A RoutingService with one student whose batcher is scripted."""
-    backbone: Any = SimpleNamespace(max_tokens=64)
+    router: Any = SimpleNamespace(manifest=facts or manifest())
     double: Any = batcher
-    student = Student(StudentSpec("tiny", "unused"), facts or manifest(), backbone, double)
+    loader: Any = None
+    students = Students(loader)
+    students._students["tiny"] = Student(StudentSpec("tiny", "unused"), router, double, datetime.now(UTC))
     return RoutingService(
-        Students([student]),
+        students,
         prices=prices or {teacher: Price() for teacher in TEACHERS},
         queue=Admission(capacity, unit="queued prompts", clock=asyncio.get_running_loop().time),
         observer=observer or Decisions(),
@@ -125,6 +160,18 @@ async def test_decisions_come_in_input_order_with_the_facts_of_the_checkpoint() 
     assert (routed.checkpoint_id, routed.student, routed.alpha) == ("c0ffee", "tiny", 0.4)
     assert [decision.teacher for decision in decided(routed)] == ["c", "b", "a"]
     assert observer.seen == [("tiny", "persyn", teacher) for teacher in "cba"]
+
+
+async def test_a_call_knows_its_priority_and_where_its_time_went() -> None:
+    """Bulk calls say so to the batcher; what the batcher measured is in the answer."""
+    batcher = ScriptedBatcher()
+    service = service_of(batcher)
+    routed = await service.route(request("x"))
+    await service.route(request("y"), priority="bulk")
+    assert batcher.priorities == ["interactive", "bulk"]
+    assert (routed.timings_s["queue"], routed.timings_s["inference"]) == (0.25, 0.5)
+    assert routed.timings_s["tokenise"] >= 0
+    assert batcher.n_users == 0
 
 
 async def test_ids_come_from_the_content() -> None:

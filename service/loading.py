@@ -1,0 +1,216 @@
+"""From a student's spec to a router that has done a real forward pass on the model thread."""
+
+import asyncio
+import functools
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import structlog
+import torch
+
+from clients.errors import ConfigurationError
+from clients.types import StudentSpec
+from router_model.backbone import Backbone
+from router_model.checkpoint import Manifest, read_checkpoint
+from router_model.engine_gate import Engine, choose_precision
+from router_model.inference import Router
+from router_model.joint_inference import Job, ScoredPrompt, answer_jobs
+from router_model.network import Precision
+from router_model.tokenization import PromptEncoding
+from service.batching import Batcher, BatchObserver
+from service.tokenizing import TokenizerPool
+
+logger = structlog.get_logger(__name__)
+
+_WARM_UP_TEXTS = ("Warm up.", "Warm up with a prompt of some more words, as they come. " * 12)
+
+
+@dataclass(frozen=True, slots=True)
+class ServingOptions:
+    """How backbones are run in this process."""
+
+    engine: Engine
+    device: str
+    batch_tokens: int
+    threads: int | None
+    n_tokenizer_threads: int
+
+
+@dataclass(frozen=True, slots=True)
+class BackboneKey:
+    """What makes two backbones the same one in memory."""
+
+    fingerprint: str
+    frame: str
+    max_tokens: int
+    weights_sha256: str | None
+    precision: Precision
+
+
+class ServedBackbone:
+    """A backbone with its tokenisers and its batches, shared by the students whose routers read it.
+
+    It closes when no student has it any more and the last call that uses it is answered.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        tokenizer: TokenizerPool[PromptEncoding],
+        batcher: Batcher[Job, ScoredPrompt],
+    ) -> None:
+        self.backbone = backbone
+        self.tokenizer = tokenizer
+        self.batcher = batcher
+        self._n_users = 0
+        self._retired = False
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Keep it open while the block runs."""
+        self._n_users += 1
+        try:
+            yield
+        finally:
+            self._n_users -= 1
+            self._close_if_unused()
+
+    def retire(self) -> None:
+        """No new call will come."""
+        self._retired = True
+        self._close_if_unused()
+
+    def close(self) -> None:
+        """Take no new call; those admitted are answered."""
+        self.batcher.close()
+        self.tokenizer.close()
+
+    def _close_if_unused(self) -> None:
+        if self._retired and not self._n_users:
+            self.close()
+
+
+class RouterLoader:
+    """Loads routers beside the ones that serve: files are read on other threads, the model thread goes on.
+
+    Args:
+        teacher_ids: The teachers of the project.
+        thread: The model thread: one worker.
+        group: Runs the batches of each backbone.
+    """
+
+    def __init__(
+        self,
+        teacher_ids: Sequence[str],
+        options: ServingOptions,
+        *,
+        thread: Executor,
+        group: asyncio.TaskGroup,
+        observer: BatchObserver,
+    ) -> None:
+        self._teacher_ids = teacher_ids
+        self._options = options
+        self._thread = thread
+        self._group = group
+        self._observer = observer
+
+    async def prepare_thread(self) -> None:
+        """Set how many cores the model thread uses: torch keeps that per thread."""
+        if self._options.threads is not None:
+            loop = asyncio.get_running_loop()
+            await loop.run_in_executor(self._thread, torch.set_num_threads, self._options.threads)
+
+    async def load(
+        self, spec: StudentSpec, loaded: dict[BackboneKey, ServedBackbone]
+    ) -> tuple[Router, BackboneKey, ServedBackbone]:
+        """Load a student's router and let it answer; a backbone that is there already is shared.
+
+        Args:
+            loaded: The backbones in memory. A new one is not put there.
+
+        Raises:
+            ConfigurationError: The router was trained with teachers that the project lacks.
+            CheckpointError: The checkpoint cannot be used.
+            BackboneError: The backbone cannot be loaded.
+            RouterError: The router's answer is no number.
+        """
+        folder = Path(spec.checkpoint)
+        _, manifest = await asyncio.to_thread(read_checkpoint, folder)
+        self._require_known_teachers(spec, manifest)
+        key = self._key(manifest)
+        served = loaded.get(key)
+        router = await asyncio.to_thread(
+            functools.partial(
+                Router.load,
+                folder,
+                None if served is None else served.backbone,
+                moved_to=spec.backbone,
+                precision=key.precision,
+                device=self._options.device,
+            )
+        )
+        if served is not None:
+            await _warm_up(router, served)
+            return router, key, served
+        served = self._serve(router.backbone)
+        try:
+            await _warm_up(router, served)
+        except BaseException:
+            served.close()
+            raise
+        logger.info(
+            "backbone_loaded",
+            backbone=router.backbone.name,
+            engine=key.precision,
+            way=router.backbone.network.kind,
+            device=self._options.device,
+        )
+        return router, key, served
+
+    def _key(self, manifest: Manifest) -> BackboneKey:
+        facts = manifest.backbone
+        precision = choose_precision(self._options.engine, manifest.facts, self._options.device)
+        return BackboneKey(facts.fingerprint, facts.frame, facts.max_tokens, facts.weights_sha256, precision)
+
+    def _serve(self, backbone: Backbone) -> ServedBackbone:
+        batcher: Batcher[Job, ScoredPrompt] = Batcher(
+            functools.partial(answer_jobs, backbone),
+            cost=_n_tokens,
+            budget=self._options.batch_tokens,
+            thread=self._thread,
+            observer=self._observer,
+        )
+        tokenizer = TokenizerPool(backbone.tokenizer, n_threads=self._options.n_tokenizer_threads)
+        self._group.create_task(batcher.run())
+        return ServedBackbone(backbone, tokenizer, batcher)
+
+    def _require_known_teachers(self, spec: StudentSpec, manifest: Manifest) -> None:
+        missing = manifest.teachers_beyond(self._teacher_ids)
+        if missing:
+            raise ConfigurationError(
+                f"the router of student {spec.id!r} ({spec.checkpoint}) was trained with teachers that the "
+                f"project file does not define: {', '.join(missing)}; define them, or train without them"
+            )
+        trained = {teacher.id for teacher in manifest.teachers}
+        unroutable = [teacher for teacher in self._teacher_ids if teacher not in trained]
+        if unroutable:
+            logger.warning("teachers_not_routable", student=spec.id, teachers=unroutable)
+
+
+async def _warm_up(router: Router, served: ServedBackbone) -> None:
+    """A real forward pass, the way that requests go."""
+    # One turn of the loop, so that a new batcher runs.
+    await asyncio.sleep(0)
+    with served.in_use():
+        prompts = await served.tokenizer.encode(_WARM_UP_TEXTS)
+        batched = await served.batcher.submit([Job(router, prompt) for prompt in prompts])
+    for output in batched.outputs:
+        if isinstance(output, Exception):
+            raise output
+
+
+def _n_tokens(job: Job) -> int:
+    return max(1, len(job.prompt.ids))
