@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from difflib import get_close_matches
 
 import structlog
+from threadpoolctl import threadpool_limits
 
 from clients.errors import ConfigurationError, PersynError
 from clients.types import StudentSpec
@@ -199,6 +200,23 @@ async def open_students(
     """
     if not specs:
         raise ConfigurationError("the project file defines no student; serve needs at least one")
+    # Heads are small products. Spread over cores, numpy's threads and torch's wait for each other: with two
+    # cores that takes more time than the backbone.
+    with threadpool_limits(limits=1, user_api="blas"):
+        async with _serving(specs, teacher_ids, options, thread=thread, observer=observer) as students:
+            yield students
+
+
+@asynccontextmanager
+async def _serving(
+    specs: Sequence[StudentSpec],
+    teacher_ids: Sequence[str],
+    options: ServingOptions,
+    *,
+    thread: Executor,
+    observer: BatchObserver,
+) -> AsyncIterator[Students]:
+    """Students that are loaded, and the task group that runs their batches."""
     failure: PersynError | None = None
     async with asyncio.TaskGroup() as group:
         loader = RouterLoader(teacher_ids, options, thread=thread, group=group, observer=observer)

@@ -177,7 +177,7 @@ def test_students_with_one_backbone_share_it(checkpoint: Path, teacher: FakeTeac
         assert client.route(SUM).student == "tiny"
         assert client.route(SUM, student="other").student == "other"
         students = list(served.app.state.services.students)
-    assert len({id(student.backbone) for student in students}) == 1
+    assert len({id(student.served.backbone) for student in students}) == 1
 
 
 def test_sigterm_finishes_what_is_open(checkpoint: Path, teacher: FakeTeacher, tmp_path: Path) -> None:
