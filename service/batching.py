@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Executor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from time import perf_counter
 from typing import Generic, Literal, Protocol, TypeVar
 
 from service.errors import DeadlineExceededError, NotReadyError
@@ -139,7 +140,7 @@ class Batcher(Generic[ItemT, OutputT]):
         """For how long the batch that is being worked on has been so; 0 if none is."""
         if self._busy_since_s is None:
             return 0.0
-        return asyncio.get_running_loop().time() - self._busy_since_s
+        return perf_counter() - self._busy_since_s
 
     async def submit(
         self,
@@ -162,14 +163,14 @@ class Batcher(Generic[ItemT, OutputT]):
         if not items:
             return Batched([], 0.0, 0.0)
         loop = asyncio.get_running_loop()
-        started_s = loop.time()
+        started_s = perf_counter()
         call: _Call[ItemT, OutputT] = _Call(items, [None] * len(items), loop.create_future(), deadline_s)
         self._waiting[priority].append(call)
         self._arrived.set()
         # Cancelling the caller cancels the future, and that is how its items are dropped.
         await call.finished
         outputs = [output for output in call.outputs if output is not None]
-        return Batched(outputs, loop.time() - started_s - call.work_s, call.work_s)
+        return Batched(outputs, max(0.0, perf_counter() - started_s - call.work_s), call.work_s)
 
     async def run(self) -> None:
         """Serve until ``close`` and until nothing is left to do."""
@@ -258,11 +259,11 @@ class Batcher(Generic[ItemT, OutputT]):
         """The outputs of a batch, or whatever its work raised: the loop outlives every failure."""
         loop = asyncio.get_running_loop()
         items = [slot.item for slot in batch]
-        self._busy_since_s = started_s = loop.time()
+        self._busy_since_s = started_s = perf_counter()
         working = loop.run_in_executor(self._thread, self._work, items)
         await asyncio.wait([working])
         self._busy_since_s = None
-        duration_s = loop.time() - started_s
+        duration_s = perf_counter() - started_s
         for call in {id(slot.call): slot.call for slot in batch}.values():
             call.work_s += duration_s
         failure = working.exception()

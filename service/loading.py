@@ -3,7 +3,7 @@
 import asyncio
 import functools
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Executor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,7 +94,11 @@ class ServedBackbone:
 
 
 class RouterLoader:
-    """Loads routers beside the ones that serve: files are read on other threads, the model thread goes on.
+    """Loads routers beside the ones that serve, on a thread of its own; the model thread goes on.
+
+    That thread computes on one core. GNU OpenMP counts the threads of all its pools: as soon as they are more
+    than the cores, threads of every pool sleep after each operation and must be woken for the next, which
+    makes short prompts several times slower.
 
     Args:
         teacher_ids: The teachers of the project.
@@ -116,12 +120,19 @@ class RouterLoader:
         self._thread = thread
         self._group = group
         self._observer = observer
+        self._n_threads = options.threads or torch.get_num_threads()
+        self._loading = ThreadPoolExecutor(
+            1, thread_name_prefix="persyn-loader", initializer=_use_cores, initargs=(1,)
+        )
+
+    def close(self) -> None:
+        """Load nothing more."""
+        self._loading.shutdown(wait=False, cancel_futures=True)
 
     async def prepare_thread(self) -> None:
         """Set how many cores the model thread uses: torch keeps that per thread."""
-        if self._options.threads is not None:
-            loop = asyncio.get_running_loop()
-            await loop.run_in_executor(self._thread, torch.set_num_threads, self._options.threads)
+        loop = asyncio.get_running_loop()
+        await loop.run_in_executor(self._thread, _use_cores, self._n_threads)
 
     async def load(
         self, spec: StudentSpec, loaded: dict[BackboneKey, ServedBackbone]
@@ -138,11 +149,13 @@ class RouterLoader:
             RouterError: The router's answer is no number.
         """
         folder = Path(spec.checkpoint)
-        _, manifest = await asyncio.to_thread(read_checkpoint, folder)
+        loop = asyncio.get_running_loop()
+        _, manifest = await loop.run_in_executor(self._loading, read_checkpoint, folder)
         self._require_known_teachers(spec, manifest)
         key = self._key(manifest)
         served = loaded.get(key)
-        router = await asyncio.to_thread(
+        router = await loop.run_in_executor(
+            self._loading,
             functools.partial(
                 Router.load,
                 folder,
@@ -150,7 +163,7 @@ class RouterLoader:
                 moved_to=spec.backbone,
                 precision=key.precision,
                 device=self._options.device,
-            )
+            ),
         )
         if served is not None:
             await _warm_up(router, served)
@@ -198,6 +211,13 @@ class RouterLoader:
         unroutable = [teacher for teacher in self._teacher_ids if teacher not in trained]
         if unroutable:
             logger.warning("teachers_not_routable", student=spec.id, teachers=unroutable)
+
+
+def _use_cores(n_cores: int) -> None:
+    """Let torch use so many cores on this thread, whatever another thread sets later."""
+    torch.set_num_threads(n_cores)
+    # A thread takes over the number set last, by whichever thread, the first time that it asks for it.
+    torch.get_num_threads()
 
 
 async def _warm_up(router: Router, served: ServedBackbone) -> None:

@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from difflib import get_close_matches
+from time import perf_counter
 
 import structlog
 from threadpoolctl import threadpool_limits
@@ -74,11 +75,10 @@ class Student:
         Args:
             deadline_s: Absolute event-loop time after which no prompt is begun.
         """
-        clock = asyncio.get_running_loop().time
-        started_s = clock()
+        started_s = perf_counter()
         with self.served.in_use():
             prompts = await self.served.tokenizer.encode(texts, priority=priority)
-            tokenised_s = clock()
+            tokenised_s = perf_counter()
             jobs = [Job(self.router, prompt) for prompt in prompts]
             batched = await self.served.batcher.submit(jobs, priority=priority, deadline_s=deadline_s)
         return Scored(batched.outputs, tokenised_s - started_s, batched.queue_s, batched.work_s)
@@ -173,6 +173,7 @@ class Students:
         """Take no new call; those admitted are answered."""
         for served in {id(student.served): student.served for student in self}.values():
             served.close()
+        self._loader.close()
 
     def _backbones(self) -> dict[BackboneKey, ServedBackbone]:
         return {self._keys[student.spec.id]: student.served for student in self}

@@ -33,6 +33,9 @@ class ScriptedLoader:
         self.there: dict[str, tuple[str, str] | Exception] = {}
         self.made: list[ServedBackbone] = []
 
+    def close(self) -> None:
+        """Nothing is open."""
+
     async def load(self, spec: StudentSpec, loaded: dict[Any, ServedBackbone]) -> Any:
         found = self.there[spec.id]
         if isinstance(found, Exception):
