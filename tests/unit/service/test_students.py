@@ -10,7 +10,7 @@ from clients.errors import ConfigurationError
 from clients.types import StudentSpec
 from router_model.errors import CheckpointError
 from service.errors import ReloadFailedError, UnknownStudentError
-from service.loading import RouterLoader, ServedBackbone
+from service.loading import RouterLoader, ServedBackbone, ServingOptions
 from service.students import Students
 from tests.unit.service.test_routing import manifest
 
@@ -124,7 +124,8 @@ async def test_nobody_is_invented() -> None:
 def loader_for(teacher_ids: list[str]) -> Any:
     """A real loader of which only the check of teachers is used."""
     nothing: Any = None
-    return RouterLoader(teacher_ids, nothing, thread=nothing, group=nothing, observer=nothing)
+    options = ServingOptions("fp32", "cpu", batch_tokens=2048, threads=1, n_tokenizer_threads=1)
+    return RouterLoader(teacher_ids, options, thread=nothing, group=nothing, observer=nothing)
 
 
 def test_teachers_that_the_project_lacks_are_refused() -> None:
