@@ -84,10 +84,28 @@ def _text_to_prompt(value: Any) -> Any:
 PromptInput = Annotated[PromptBody, BeforeValidator(_text_to_prompt, json_schema_input_type=str | PromptBody)]
 
 
-class RouteRequest(_Strict):
-    """``POST /route``."""
+def _require_one_call(prompts: Any) -> Any:
+    """Say what to do with too many prompts, before any of them is looked at."""
+    if isinstance(prompts, list) and len(prompts) > MAX_PROMPTS_PER_CALL:
+        raise ValueError(
+            f"a call takes at most {MAX_PROMPTS_PER_CALL:,} prompts, not {len(prompts):,}; POST /route takes "
+            "any number as a stream (content-type application/x-ndjson, one prompt per line), and the"
+            " command `persyn synthesize` takes a file"
+        )
+    return prompts
 
-    prompts: Annotated[list[PromptInput], Field(min_length=1, max_length=MAX_PROMPTS_PER_CALL)]
+
+class _Prompts(_Strict):
+    prompts: Annotated[
+        list[PromptInput],
+        BeforeValidator(_require_one_call),
+        Field(min_length=1, max_length=MAX_PROMPTS_PER_CALL),
+    ]
+
+
+class RouteParameters(_Strict):
+    """How teachers are chosen: fields of a JSON request, query parameters of an NDJSON stream."""
+
     student: NonEmptyText | None = Field(
         None, description="Student id; the first of the project file if absent."
     )
@@ -117,6 +135,10 @@ class RouteRequest(_Strict):
     car_beta: Annotated[float, Field(ge=0, le=1e6)] = Field(
         CAR_BETA, description="Weight of the student's loss in `car`."
     )
+
+
+class RouteRequest(RouteParameters, _Prompts):
+    """``POST /route``."""
 
 
 class DecisionBody(BaseModel):
@@ -246,6 +268,39 @@ class FailedItem(BaseModel):
 
 
 SynthesizedItem = Annotated[AnsweredItem | FailedItem, Field(discriminator="status")]
+
+
+class RoutedItem(DecisionBody):
+    """One line of a ``/route`` stream: the decision for the prompt of one line."""
+
+    status: Literal["ok"] = "ok"
+    line: int = Field(description="Line of the request that this answers, from 1, blank lines counted.")
+    checkpoint_id: str
+
+
+class UnroutedItem(BaseModel):
+    """One line of a ``/route`` stream: why the line of the request got no decision."""
+
+    id: str | None = Field(description="Of the prompt, where it can be told.")
+    status: Literal["error"] = "error"
+    line: int
+    error: ErrorBody
+
+
+class RouteSummary(BaseModel):
+    """Last line of a ``/route`` stream. A stream without it was broken off."""
+
+    ok: int
+    failed: int
+    lines: int = Field(description="The last line of the request that is answered; go on after it.")
+    checkpoint_id: str
+    student: str
+    strategy: Strategy
+    alpha: float
+    coverage: float | None
+    error: ErrorBody | None = Field(
+        description="Why the stream ended before the request did; null if everything is answered."
+    )
 
 
 class SynthesisSummary(BaseModel):

@@ -1,7 +1,12 @@
-"""Admission: what cannot be served soon is refused at once, so that what was admitted stays fast."""
+"""Admission: what cannot be served soon is refused at once, so that what was admitted stays fast.
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+Only a stream waits for its turn: it has no end in sight, and whoever sends it is slowed down by that.
+"""
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 
 from service.errors import OverloadedError
 
@@ -50,3 +55,63 @@ class Admission:
     def _retry_after_s(self) -> float:
         """How long permits were held of late: by then some of those held now have been returned."""
         return min(max(self._held_s or 0.0, _MIN_RETRY_AFTER_S), _MAX_RETRY_AFTER_S)
+
+
+class PatientAdmission:
+    """A bound on work in progress whose callers wait, first come, first served.
+
+    Args:
+        capacity: Permits that may be held at one time. Who wants more has its turn when none is held.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self._capacity = capacity
+        self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
+        self.n_held = 0
+
+    @asynccontextmanager
+    async def permits(self, n_permits: int) -> AsyncIterator[None]:
+        """Hold permits while the block runs, as soon as they are free."""
+        await self.take(n_permits)
+        try:
+            yield
+        finally:
+            self.give_back(n_permits)
+
+    async def take(self, n_permits: int) -> None:
+        """Wait until permits are free, and hold them until ``give_back``."""
+        if self._waiting or not self._fits(n_permits):
+            await self._turn(n_permits)
+        else:
+            self.n_held += n_permits
+
+    def give_back(self, n_permits: int) -> None:
+        """Let others have permits that are held."""
+        self.n_held -= n_permits
+        self._admit_waiting()
+
+    async def _turn(self, n_permits: int) -> None:
+        """Wait until the permits are held."""
+        turn = asyncio.get_running_loop().create_future()
+        self._waiting.append((n_permits, turn))
+        try:
+            await turn
+        except asyncio.CancelledError:
+            if not turn.cancelled():
+                # The turn came in the moment in which the caller left.
+                self.n_held -= n_permits
+            self._admit_waiting()
+            raise
+
+    def _fits(self, n_permits: int) -> bool:
+        return not self.n_held or self.n_held + n_permits <= self._capacity
+
+    def _admit_waiting(self) -> None:
+        while self._waiting:
+            n_permits, turn = self._waiting[0]
+            if not turn.done():
+                if not self._fits(n_permits):
+                    return
+                self.n_held += n_permits
+                turn.set_result(None)
+            self._waiting.popleft()

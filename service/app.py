@@ -2,6 +2,7 @@
 
 import asyncio
 import importlib.metadata
+import socket
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -23,10 +24,12 @@ from clients.registry import Registry
 from clients.sqlite_cache import SqliteCache
 from clients.types import Project
 from service.admission import Admission
-from service.api import route, students, synthesize, system
-from service.api.dependencies import Services
+from service.api import route, route_stream, students, synthesize, system
+from service.api.dependencies import Services, StreamLimits
 from service.api.docs import add_docs
-from service.api.problems import MEDIA_TYPE, problem_response
+from service.api.problems import MEDIA_TYPE, OptionsPlace, problem_response
+from service.bulk_routing import BulkRouting
+from service.connections import Connection
 from service.loading import ServingOptions
 from service.log import configure_logging
 from service.metrics import Metrics
@@ -38,6 +41,8 @@ from service.synthesis import SynthesisService
 
 logger = structlog.get_logger(__name__)
 
+_CHUNK_LINES = 256
+"""Lines of a stream that are routed as one call, at most; a quarter of the window where that is less."""
 _DESCRIPTION = "Routes each prompt to the teacher whose answer is good and learnable for your student."
 
 
@@ -106,8 +111,10 @@ def create_app(settings: Settings, project: Project) -> FastAPI:
         redoc_url=None,
     )
     app.state.metrics = metrics
+    app.state.services = None
     app.state.startup_error = None
-    for group in (route, synthesize, students, system):
+    # The stream of /route first: it takes NDJSON alone.
+    for group in (route_stream, route, synthesize, students, system):
         app.include_router(group.handlers)
     add_docs(app)
     for kind in (PersynError, RequestValidationError, HTTPException):
@@ -115,7 +122,7 @@ def create_app(settings: Settings, project: Project) -> FastAPI:
     keys = [key.get_secret_value() for key in settings.api_keys]
     app.state.needs_key = bool(keys)
     # The last one added is the outermost.
-    app.add_middleware(ReadBody, max_bytes=settings.max_body_bytes)
+    app.add_middleware(ReadBody, max_bytes=settings.max_body_bytes, is_stream=route_stream.is_stream)
     app.add_middleware(RequireApiKey, api_keys=keys)
     app.add_middleware(ObserveRequests, metrics=metrics)
     return app
@@ -127,12 +134,29 @@ def server_config(app: FastAPI, settings: Settings) -> uvicorn.Config:
         app,
         host=settings.host,
         port=settings.port,
+        http=Connection,
         log_config=None,
         access_log=False,
         server_header=False,
         ws="none",
         timeout_graceful_shutdown=settings.shutdown_grace_s,
     )
+
+
+class Server(uvicorn.Server):
+    """uvicorn that tells the application when the drain begins: a stream would go on until its end."""
+
+    def __init__(self, app: FastAPI, settings: Settings) -> None:
+        super().__init__(server_config(app, settings))
+        self._app = app
+
+    @override
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """See ``uvicorn.Server.shutdown``."""
+        services: Services | None = self._app.state.services
+        if services is not None:
+            services.stopping.set()
+        await super().shutdown(sockets)
 
 
 def open_cache(settings: Settings) -> ResponseCache:
@@ -184,8 +208,17 @@ async def _open(stack: AsyncExitStack, settings: Settings, project: Project, met
         routing=routing,
         synthesis=SynthesisService(routing, dispatcher, observer=metrics),
         calls=Admission(settings.max_in_flight, unit="calls", clock=clock),
+        bulk=BulkRouting(routing, window=settings.stream_window, observer=metrics),
+        streams=Admission(settings.max_streams, unit="streams", clock=clock),
+        stream_limits=StreamLimits(
+            max_line_bytes=settings.max_line_bytes,
+            max_chunk_lines=min(_CHUNK_LINES, max(1, settings.stream_window // 4)),
+            stall_s=settings.stream_stall_s,
+        ),
+        stopping=asyncio.Event(),
     )
 
 
 async def _answer_problem(request: Request, error: Exception) -> Response:
-    return problem_response(error, request.state.request_id)
+    options_in: OptionsPlace = "query" if route_stream.is_stream(request.scope) else "body"
+    return problem_response(error, request.state.request_id, options_in=options_in)

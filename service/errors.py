@@ -1,7 +1,6 @@
 """The branch of the error tree that belongs to the service. Statuses stand in ``api/problems.py``."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from clients.errors import PersynError
 
@@ -48,17 +47,24 @@ class PayloadTooLargeError(ServiceError):
     """The request body is longer than the limit."""
 
 
+class StreamStalledError(ServiceError):
+    """The client of a stream sends nothing, or does not take the answers."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, retryable=True)
+
+
 class InvalidRequestError(ServiceError):
     """A well-formed request that cannot be served as it is.
 
     Args:
         message: What is wrong, without quoting a prompt.
-        loc: Where in the request body, as in pydantic's errors.
+        loc: Where in the request, as in pydantic's errors, less the first part (body or query).
     """
 
     def __init__(self, message: str, *, loc: Sequence[str | int]) -> None:
         super().__init__(message)
-        self.errors: list[dict[str, Any]] = [{"loc": ["body", *loc], "msg": message}]
+        self.loc = tuple(loc)
 
 
 class ReloadFailedError(ServiceError):

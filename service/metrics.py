@@ -1,5 +1,8 @@
 """Prometheus metrics: every name, label set and bucket. One registry per application, no module state."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
@@ -51,6 +54,18 @@ class Metrics:
             "Prompts of which the router read a part only.",
             ("student",),
             registry=registry,
+        )
+        self._streams = Gauge(
+            "persyn_route_streams_open", "NDJSON streams being served now.", registry=registry
+        )
+        self._stream_lines = Counter(
+            "persyn_route_stream_lines_total",
+            "Lines of NDJSON streams answered: ok or error.",
+            ("status",),
+            registry=registry,
+        )
+        self._stream_bytes = Counter(
+            "persyn_route_stream_read_bytes_total", "Bytes read of NDJSON streams.", registry=registry
         )
         self._teacher_calls = Counter(
             "persyn_teacher_calls_total",
@@ -128,6 +143,21 @@ class Metrics:
         self._route_prompts.labels(student, strategy, decision.teacher).inc()
         if decision.truncated:
             self._truncated_prompts.labels(student).inc()
+
+    @contextmanager
+    def stream_open(self) -> Iterator[None]:
+        """One NDJSON stream is served while the block runs."""
+        with self._streams.track_inprogress():
+            yield
+
+    def stream_read(self, n_bytes: int) -> None:
+        """A piece of an NDJSON stream came in."""
+        self._stream_bytes.inc(n_bytes)
+
+    def lines_answered(self, n_routed: int, n_failed: int) -> None:
+        """See ``service.bulk_routing.BulkObserver``."""
+        self._stream_lines.labels("ok").inc(n_routed)
+        self._stream_lines.labels("error").inc(n_failed)
 
     def prompt_answered(self, answered: Answered) -> None:
         """One prompt got its response; a cached one cost nothing."""

@@ -4,7 +4,8 @@ import asyncio
 import hmac
 import re
 import uuid
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import structlog
 from starlette.datastructures import Headers, MutableHeaders
@@ -68,7 +69,7 @@ class ObserveRequests:
             self._finish(scope, status or _CLIENT_LEFT_STATUS, clock() - started_s)
 
     def _finish(self, scope: Scope, status: int, duration_s: float) -> None:
-        template = getattr(scope.get("route"), "path", None)
+        template = _route_label(scope.get("route"))
         self._metrics.request_finished(scope["method"], template, status, duration_s)
         write = logger.debug if scope["path"] in OPEN_PATHS else logger.info
         write(
@@ -110,15 +111,20 @@ class ReadBody:
     """Reads the whole body within the limit, then watches the connection.
 
     A client that leaves cancels its own request: its place in the batch and its calls to teachers.
+
+    Args:
+        max_bytes: Longest body.
+        is_stream: Says which requests are left alone: their handler reads the body while it answers.
     """
 
-    def __init__(self, app: ASGIApp, *, max_bytes: int) -> None:
+    def __init__(self, app: ASGIApp, *, max_bytes: int, is_stream: Callable[[Scope], bool]) -> None:
         self._app = app
         self._max_bytes = max_bytes
+        self._is_stream = is_stream
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection."""
-        if scope["type"] != "http":
+        if scope["type"] != "http" or self._is_stream(scope):
             await self._app(scope, receive, send)
             return
         try:
@@ -149,7 +155,10 @@ class ReadBody:
                 return bytes(body)
 
     def _too_large(self) -> PayloadTooLargeError:
-        return PayloadTooLargeError(f"a request body may have at most {self._max_bytes} bytes")
+        return PayloadTooLargeError(
+            f"a request body may have at most {self._max_bytes} bytes; POST /route takes any number of "
+            "prompts as a stream (content-type application/x-ndjson, one prompt per line)"
+        )
 
 
 async def _until_disconnect(app: ASGIApp, scope: Scope, body: bytes, receive: Receive, send: Send) -> None:
@@ -182,6 +191,12 @@ async def _until_disconnect(app: ASGIApp, scope: Scope, body: bytes, receive: Re
     except ExceptionGroup as failures:
         # One task can fail here, so the group says nothing more than its member.
         raise failures.exceptions[0] from None
+
+
+def _route_label(route: Any) -> str | None:
+    """What metrics call a route: its own label, or its path template; ``None`` if no route took it."""
+    label: str | None = getattr(route, "label", None) or getattr(route, "path", None)
+    return label
 
 
 def _request_id(headers: Headers) -> str:

@@ -7,7 +7,7 @@ from difflib import get_close_matches
 from typing import Protocol
 
 from clients.canonical import messages_hash
-from clients.schemas import PromptBody, RouteRequest
+from clients.schemas import PromptBody, RouteParameters, RouteRequest
 from clients.types import Price, Prompt, RoutingDecision, Strategy
 from router_model.decision import decide, outlook_at
 from router_model.joint_inference import ScoredPrompt
@@ -28,6 +28,19 @@ class RoutingObserver(Protocol):
 
     def prompt_routed(self, student: str, strategy: str, decision: RoutingDecision) -> None:
         """One prompt got its teacher."""
+
+
+@dataclass(frozen=True, slots=True)
+class RoutePlan:
+    """Whose router decides and how it chooses: what all prompts of a call have in common."""
+
+    student: Student
+    options: RouteOptions
+
+    @property
+    def alpha(self) -> float:
+        """The weight of learnability that is used."""
+        return self.student.manifest.alpha if self.options.alpha is None else self.options.alpha
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,28 +105,60 @@ class RoutingService:
             OverloadedError: Too many prompts wait already.
             DeadlineExceededError: The deadline came first.
         """
-        student = self._students.get(request.student)
-        _require_known_teachers(request, student)
-        options = self._options(request)
+        plan = self.plan(request)
         try:
             async with asyncio.timeout_at(deadline_s):
                 # Held from here on: a reload must not close what this call will use.
-                with student.served.in_use(), self._queue.permits(len(request.prompts)):
+                with plan.student.served.in_use(), self._queue.permits(len(request.prompts)):
                     prompts = await _prompts(request.prompts)
-                    scored = await student.score(
-                        [prompt_text(prompt.messages) for prompt in prompts],
-                        priority=priority,
-                        deadline_s=deadline_s,
-                    )
-                    decisions = await self._decide(student, options, prompts, scored.prompts)
+                    return await self.route_prompts(plan, prompts, deadline_s=deadline_s, priority=priority)
         except TimeoutError:
             raise DeadlineExceededError("the deadline passed before all prompts were routed") from None
+
+    def plan(self, request: RouteParameters) -> RoutePlan:
+        """The router that is asked for, as it is now, and its options.
+
+        Raises:
+            UnknownStudentError: The student is not in the project file.
+            InvalidRequestError: A teacher id of the request cannot be used.
+            StrategyError: An option has no meaning for the strategy.
+        """
+        student = self._students.get(request.student)
+        _require_known_teachers(request, student)
+        return RoutePlan(student, self._options(request))
+
+    async def require_applicable(self, plan: RoutePlan) -> None:
+        """Decide for a prompt of no account, if there are options that only the router itself can refuse.
+
+        Raises:
+            StrategyError: The router cannot serve the strategy, alpha or cost weight: not for any prompt.
+        """
+        options = plan.options
+        if options.strategy == "persyn" and options.alpha is None and not options.cost_weight:
+            return
+        (outcome,) = (await plan.student.score(["Can this be served?"])).prompts
+        if isinstance(outcome, ScoredPrompt):
+            decide(plan.student.manifest, outcome.output, outcome.row, "", options)
+
+    async def route_prompts(
+        self,
+        plan: RoutePlan,
+        prompts: Sequence[Prompt],
+        *,
+        deadline_s: float | None = None,
+        priority: Priority = "interactive",
+    ) -> Routed:
+        """Decide which teacher answers each prompt. The caller holds permits and keeps the router open."""
+        scored = await plan.student.score(
+            [prompt_text(prompt.messages) for prompt in prompts], priority=priority, deadline_s=deadline_s
+        )
+        decisions = await self._decide(plan.student, plan.options, prompts, scored.prompts)
         return Routed(
-            checkpoint_id=student.manifest.checkpoint_id,
-            student=student.spec.id,
-            strategy=request.strategy,
-            alpha=student.manifest.alpha if request.alpha is None else request.alpha,
-            coverage=_coverage(scored.prompts, request.alpha),
+            checkpoint_id=plan.student.manifest.checkpoint_id,
+            student=plan.student.spec.id,
+            strategy=plan.options.strategy,
+            alpha=plan.alpha,
+            coverage=_coverage(scored.prompts, plan.options.alpha),
             prompts=prompts,
             decisions=decisions,
             timings_s={
@@ -142,7 +187,7 @@ class RoutingService:
             decisions.append(decision)
         return decisions
 
-    def _options(self, request: RouteRequest) -> RouteOptions:
+    def _options(self, request: RouteParameters) -> RouteOptions:
         return RouteOptions(
             strategy=request.strategy,
             teachers=request.teachers,
@@ -158,7 +203,7 @@ class RoutingService:
         )
 
 
-def _require_known_teachers(request: RouteRequest, student: Student) -> None:
+def _require_known_teachers(request: RouteParameters, student: Student) -> None:
     """Refuse a teacher's name that means nothing, and a request that leaves no teacher."""
     for field, named in (("teachers", request.teachers or []), ("exclude", request.exclude)):
         for index, teacher in enumerate(named):
@@ -192,14 +237,24 @@ async def _prompts(bodies: Sequence[PromptBody]) -> list[Prompt]:
     for index, body in enumerate(bodies):
         if index % _CHUNK == _CHUNK - 1:
             await asyncio.sleep(0)
-        messages = body.chat()
-        if not any(message_text(message).strip() for message in messages):
+        prompt, digest = named_prompt(body)
+        if not has_text(prompt):
             raise InvalidRequestError(f"prompt {index} has no text", loc=("prompts", index))
-        digest = messages_hash(messages)
-        prompt_id = body.id or digest[:_ID_LENGTH]
-        if hashes.setdefault(prompt_id, digest) != digest:
+        if hashes.setdefault(prompt.id, digest) != digest:
             raise InvalidRequestError(
                 f"prompt {index} has the id of an earlier prompt with other content", loc=("prompts", index)
             )
-        prompts.append(Prompt(prompt_id, messages))
+        prompts.append(prompt)
     return prompts
+
+
+def has_text(prompt: Prompt) -> bool:
+    """Whether there is anything in a prompt that a router can read."""
+    return any(message_text(message).strip() for message in prompt.messages)
+
+
+def named_prompt(body: PromptBody) -> tuple[Prompt, str]:
+    """A prompt with its id, and the hash of its content, which names it if it has no id of its own."""
+    messages = body.chat()
+    digest = messages_hash(messages)
+    return Prompt(body.id or digest[:_ID_LENGTH], messages), digest

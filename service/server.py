@@ -4,13 +4,12 @@ import signal
 import socket
 from contextlib import suppress
 
-import uvicorn
 from rich.markup import escape
 from rich.table import Table
 
 from clients.errors import ConfigurationError
 from clients.types import Project
-from service.app import create_app, open_cache, server_config
+from service.app import Server, create_app, open_cache
 from service.settings import PREFIX, Settings
 
 
@@ -24,7 +23,7 @@ def serve_project(settings: Settings, project: Project) -> None:
     """
     listener = _listen(settings)
     app = create_app(settings, project)
-    server = uvicorn.Server(server_config(app, settings))
+    server = Server(app, settings)
     # After the drain uvicorn raises the signal anew for whoever handled it before: both are a clean end.
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:

@@ -60,6 +60,19 @@ class Settings(BaseSettings):
         ge=1,
         description="Prompts that may wait for the router; if none wait, any call is let in.",
     )
+    max_line_bytes: int = Field(
+        2**20, ge=1024, description="Longest line of an NDJSON stream; a longer one is an error."
+    )
+    max_streams: int = Field(16, ge=1, description="NDJSON streams served at one time.")
+    stream_window: int = Field(
+        1024,
+        ge=1,
+        description="Prompts of NDJSON streams that may wait for the router, all streams together; and "
+        "prompts of one stream that are read but whose answers are not yet written.",
+    )
+    stream_stall_s: float = Field(
+        60.0, gt=0, description="Seconds for which an NDJSON stream may stand still before it is ended."
+    )
     batch_tokens: int = Field(
         2048, ge=1, description="Tokens that share one forward pass; a longer prompt goes alone."
     )

@@ -1,5 +1,6 @@
 """What the handlers need: the services of this application, and a permit."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -10,11 +11,22 @@ from fastapi import Depends, Request
 from clients.cache import ResponseCache
 from clients.registry import Registry
 from service.admission import Admission
+from service.bulk_routing import BulkRouting
 from service.errors import NotReadyError
 from service.metrics import Metrics
 from service.routing import RoutingService
 from service.students import Students
 from service.synthesis import SynthesisService
+
+
+@dataclass(frozen=True, slots=True)
+class StreamLimits:
+    """What one NDJSON stream may do."""
+
+    max_line_bytes: int
+    max_chunk_lines: int
+    """Lines that are routed together, if so many have come."""
+    stall_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +40,12 @@ class Services:
     synthesis: SynthesisService
     calls: Admission
     """Permits for calls of ``/synthesize``."""
+    bulk: BulkRouting
+    streams: Admission
+    """Permits for NDJSON streams of ``/route``."""
+    stream_limits: StreamLimits
+    stopping: asyncio.Event
+    """Set when the server has been told to stop: who can wait for long must not."""
 
 
 async def get_services(request: Request) -> Services:
@@ -66,3 +84,17 @@ async def hold_call_permit(services: OpenServices) -> AsyncIterator[ExitStack]:
 
 
 CallPermit = Annotated[ExitStack, Depends(hold_call_permit)]
+
+
+async def hold_stream_permit(services: OpenServices) -> AsyncIterator[ExitStack]:
+    """A permit for one stream. It ends with the request.
+
+    Raises:
+        OverloadedError: None is free.
+    """
+    with ExitStack() as permit:
+        permit.enter_context(services.streams.permits())
+        yield permit
+
+
+StreamPermit = Annotated[ExitStack, Depends(hold_stream_permit)]

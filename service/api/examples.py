@@ -1,5 +1,6 @@
 """Examples of requests and answers, for the OpenAPI document."""
 
+import json
 from typing import Any
 
 ROUTE_REQUESTS: dict[str, Any] = {
@@ -47,6 +48,34 @@ ROUTE_RESPONSE: dict[str, Any] = {
         }
     ],
 }
+
+ROUTE_LINES = '"Name three rivers as bullets."\n{"id": "p2", "prompt": ""}\n'
+ROUTED_LINES = "".join(
+    json.dumps(line) + "\n"
+    for line in (
+        {**ROUTE_RESPONSE["decisions"][0], "status": "ok", "line": 1, "checkpoint_id": "9f2c7c1e"},
+        {
+            "id": "p2",
+            "status": "error",
+            "line": 2,
+            "error": {
+                "type": "urn:persyn:problem:invalid-request",
+                "title": "The request is invalid",
+                "detail": "the prompt has no text",
+                "source": "client",
+                "retryable": False,
+            },
+        },
+        {
+            "ok": 1,
+            "failed": 1,
+            "lines": 2,
+            **{name: ROUTE_RESPONSE[name] for name in ("checkpoint_id", "student", "strategy", "alpha")},
+            "coverage": 0.9,
+            "error": None,
+        },
+    )
+)
 
 SYNTHESIZE_REQUESTS: dict[str, Any] = {
     "simple": {"summary": "One prompt", "value": {"prompts": ["Name three rivers as bullets."]}},

@@ -23,6 +23,7 @@ MEDIA_TYPE = "application/problem+json"
 TYPE_PREFIX = "urn:persyn:problem:"
 
 Source = Literal["client", "persyn", "teacher", "cache"]
+OptionsPlace = Literal["body", "query"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +82,7 @@ ROWS: Mapping[type[Exception], Row] = {
     service_errors.PayloadTooLargeError: Row(
         413, "payload-too-large", "The request body is too large", "client"
     ),
+    service_errors.StreamStalledError: Row(408, "stream-stalled", "The stream stands still", "client"),
     service_errors.InvalidRequestError: Row(422, "invalid-request", "The request is invalid", "client"),
     RequestValidationError: Row(422, "invalid-request", "The request is invalid", "client"),
 }
@@ -100,8 +102,14 @@ def row_of(error: Exception) -> Row:
     return next((ROWS[kind] for kind in type(error).__mro__ if kind in ROWS), INTERNAL)
 
 
-def problem_of(error: Exception, request_id: str | None = None) -> Problem:
-    """The problem document of an error, without anything that its row does not let out."""
+def problem_of(
+    error: Exception, request_id: str | None = None, *, options_in: OptionsPlace = "body"
+) -> Problem:
+    """The problem document of an error, without anything that its row does not let out.
+
+    Args:
+        options_in: Where the request has its options.
+    """
     if isinstance(error, HTTPException):
         return _http_problem(error, request_id)
     row = row_of(error)
@@ -113,7 +121,7 @@ def problem_of(error: Exception, request_id: str | None = None) -> Problem:
         source=row.source,
         retryable=isinstance(error, PersynError) and error.retryable,
         request_id=request_id,
-        errors=_field_errors(error),
+        errors=_field_errors(error, options_in),
     )
 
 
@@ -130,10 +138,12 @@ def error_body(error: Exception) -> ErrorBody:
     )
 
 
-def problem_response(error: Exception, request_id: str | None) -> Response:
+def problem_response(
+    error: Exception, request_id: str | None, *, options_in: OptionsPlace = "body"
+) -> Response:
     """The problem document as an HTTP response, with ``Retry-After`` and the like where they are known."""
     log_unexpected(error)
-    problem = problem_of(error, request_id)
+    problem = problem_of(error, request_id, options_in=options_in)
     return Response(
         problem.model_dump_json(exclude_none=True),
         status_code=problem.status,
@@ -156,12 +166,14 @@ def _detail(error: Exception, row: Row) -> str:
     return "The cause is in the log of the service, under this request id."
 
 
-def _field_errors(error: Exception) -> list[dict[str, Any]] | None:
+def _field_errors(error: Exception, options_in: OptionsPlace) -> list[dict[str, Any]] | None:
     if isinstance(error, RequestValidationError):
         return [{"loc": list(_spelt(fault["loc"])), "msg": fault["msg"]} for fault in error.errors()]
     if isinstance(error, router_errors.StrategyError) and "field" in error.details:
-        return [{"loc": ["body", error.details["field"]], "msg": error.message}]
-    return error.errors if isinstance(error, service_errors.InvalidRequestError) else None
+        return [{"loc": [options_in, error.details["field"]], "msg": error.message}]
+    if isinstance(error, service_errors.InvalidRequestError):
+        return [{"loc": [options_in, *error.loc], "msg": error.message}]
+    return None
 
 
 def _spelt(loc: Sequence[str | int]) -> Sequence[str | int]:

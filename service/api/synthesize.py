@@ -19,6 +19,7 @@ from clients.schemas import (
     SynthesizeResponse,
 )
 from clients.types import Answered
+from service import ndjson
 from service.api.dependencies import CallPermit, OpenServices
 from service.api.examples import SYNTHESIZE_REQUESTS
 from service.api.problems import documented, error_body
@@ -26,7 +27,6 @@ from service.synthesis import SynthesisPlan, SynthesisService
 
 handlers = APIRouter(tags=["synthesis"])
 
-NDJSON = "application/x-ndjson"
 _KEPT_OF_MESSAGE = ("reasoning_content", "tool_calls")
 
 
@@ -36,7 +36,7 @@ _KEPT_OF_MESSAGE = ("reasoning_content", "tool_calls")
     responses={
         200: {
             "description": "The items and their summary. With `stream`, one item per line, the summary last.",
-            "content": {NDJSON: {"schema": {"type": "string"}}},
+            "content": {ndjson.MEDIA_TYPE: {"schema": {"type": "string"}}},
         },
         **documented(400, 401, 404, 413, 422, 429, 500, 503, 504),
     },
@@ -67,7 +67,7 @@ async def synthesize(
 class ItemStream(Response):
     """Writes each item the moment it completes. A client that leaves ends the calls to teachers."""
 
-    media_type = NDJSON
+    media_type = ndjson.MEDIA_TYPE
 
     def __init__(self, synthesis: SynthesisService, plan: SynthesisPlan, permit: ExitStack) -> None:
         super().__init__()

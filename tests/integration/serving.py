@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import uvicorn
 from fastapi import FastAPI
 
 from clients.types import Price, Project, StudentSpec, TeacherSpec
 from router_model.pipeline.train import TrainSettings, train_router
-from service.app import create_app, server_config
+from service.app import Server, create_app
 from service.settings import Settings
 
 MATHS = ["What is {n} plus {n}?", "Multiply {n} by seven.", "Is {n} a prime number?", "Divide {n} by three."]
@@ -94,11 +93,11 @@ def project_of(checkpoint: Path, base_url: str, teachers: Sequence[str] = TEACHE
     return Project(tuple(teacher_spec(teacher, base_url) for teacher in teachers), (student,))
 
 
-class _Server(uvicorn.Server):
+class _Server(Server):
     """A server that says when it takes requests, or that it never will."""
 
-    def __init__(self, config: uvicorn.Config) -> None:
-        super().__init__(config)
+    def __init__(self, app: FastAPI, settings: Settings) -> None:
+        super().__init__(app, settings)
         self.settled = threading.Event()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -112,13 +111,14 @@ class Served:
 
     app: FastAPI
     base_url: str
+    server: Server
 
 
 @contextmanager
 def serving(settings: Settings, project: Project) -> Iterator[Served]:
     """Run the service in a thread while the block runs; leaving it waits for the drain."""
     app = create_app(settings, project)
-    server = _Server(server_config(app, settings))
+    server = _Server(app, settings)
 
     def run() -> None:
         try:
@@ -132,7 +132,7 @@ def serving(settings: Settings, project: Project) -> Iterator[Served]:
         assert server.settled.wait(120)
         assert server.started, app.state.startup_error
         port = server.servers[0].sockets[0].getsockname()[1]
-        yield Served(app, f"http://127.0.0.1:{port}")
+        yield Served(app, f"http://127.0.0.1:{port}", server)
     finally:
         server.should_exit = True
         thread.join(60)

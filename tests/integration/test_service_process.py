@@ -28,16 +28,15 @@ SUM = "What is 14 plus 9?"
 
 SERVE = """
 import sys
-import uvicorn
 from pathlib import Path
-from service.app import create_app, server_config
+from service.app import Server, create_app
 from service.settings import Settings
 from tests.integration.serving import project_of
 
 checkpoint, teacher_url, cache_path = sys.argv[1:]
 settings = Settings(port=0, cache_path=Path(cache_path), threads=1, shutdown_grace_s=20)
 app = create_app(settings, project_of(Path(checkpoint), teacher_url))
-uvicorn.Server(server_config(app, settings)).run()
+Server(app, settings).run()
 """
 
 

@@ -1,8 +1,12 @@
-"""Admission: a bound that refuses at once."""
+"""Admission: a bound that refuses at once, and one that lets callers wait."""
+
+import asyncio
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from service.admission import Admission
+from service.admission import Admission, PatientAdmission
 from service.errors import OverloadedError
 
 
@@ -65,3 +69,80 @@ def test_retry_after_follows_how_long_permits_were_held() -> None:
         with admission.permits():
             clock.now_s += 900.0
     assert hint_s() == 60.0
+
+
+class TestPatience:
+    """Permits that are waited for."""
+
+    async def test_turns_come_in_order(self) -> None:
+        """Who asked first is served first, also where a later one would fit already."""
+        admission = PatientAdmission(4)
+        turns: list[str] = []
+
+        async def ask(name: str, n_permits: int) -> None:
+            async with admission.permits(n_permits):
+                turns.append(name)
+                assert admission.n_held <= 4
+                await asyncio.sleep(0)
+
+        await admission.take(3)
+        async with asyncio.TaskGroup() as group:
+            for name, n_permits in (("a", 2), ("b", 1), ("c", 4), ("d", 1)):
+                group.create_task(ask(name, n_permits))
+            await asyncio.sleep(0)
+            assert turns == []
+            admission.give_back(3)
+        assert turns == ["a", "b", "c", "d"]
+        assert admission.n_held == 0
+
+    async def test_more_than_all_has_its_turn_alone(self) -> None:
+        """A caller that wants more than there is waits until none is held, and then has them."""
+        admission = PatientAdmission(2)
+        await admission.take(1)
+        waiting = asyncio.ensure_future(admission.take(5))
+        await asyncio.sleep(0)
+        assert not waiting.done()
+        admission.give_back(1)
+        await waiting
+        assert admission.n_held == 5
+
+    @given(
+        capacity=st.integers(1, 5),
+        steps=st.lists(st.tuples(st.sampled_from(["ask", "leave", "turn"]), st.integers(1, 7)), max_size=40),
+    )
+    def test_callers_that_leave_at_any_moment_lose_no_permit(
+        self, capacity: int, steps: list[tuple[str, int]]
+    ) -> None:
+        """Cancelled while waiting, in the moment of its turn, or while holding: all comes back."""
+
+        async def run() -> None:
+            admission = PatientAdmission(capacity)
+            holding: dict[int, int] = {}
+
+            async def hold(name: int, n_permits: int) -> None:
+                async with admission.permits(n_permits):
+                    holding[name] = n_permits
+                    try:
+                        await asyncio.Event().wait()
+                    finally:
+                        del holding[name]
+
+            tasks: list[asyncio.Task[None]] = []
+            for step, number in steps:
+                if step == "ask":
+                    tasks.append(asyncio.ensure_future(hold(len(tasks), number)))
+                elif step == "leave" and tasks:
+                    tasks[number % len(tasks)].cancel()
+                else:
+                    for _ in range(number):
+                        await asyncio.sleep(0)
+                assert len(holding) <= 1 or sum(holding.values()) <= capacity
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            assert admission.n_held == 0
+            # Nobody who left stands in the way.
+            async with asyncio.timeout(1):
+                await admission.take(capacity)
+
+        asyncio.run(run())

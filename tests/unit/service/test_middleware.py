@@ -56,8 +56,12 @@ def _scope(path: str = "/x", **headers: str) -> Scope:
     return {"type": "http", "method": "POST", "path": path, "headers": raw, "query_string": b""}
 
 
+def _is_stream(scope: Scope) -> bool:
+    return bool(scope["path"] == "/stream")
+
+
 def _wrapped(app: ASGIApp, *, keys: Iterable[str] = (), max_bytes: int = 100) -> ASGIApp:
-    inner = RequireApiKey(ReadBody(app, max_bytes=max_bytes), api_keys=keys)
+    inner = RequireApiKey(ReadBody(app, max_bytes=max_bytes, is_stream=_is_stream), api_keys=keys)
     return ObserveRequests(inner, metrics=Metrics("test"))
 
 
@@ -102,6 +106,25 @@ async def test_a_body_at_the_limit_passes_whole() -> None:
     """The limit itself is allowed, and the handler gets every byte of all chunks."""
     exchange = await _call(_wrapped(_length), _scope(), [b"x" * 60, b"x" * 40])
     assert (exchange.status, exchange.body) == (200, {"n_bytes": 100})
+
+
+async def test_a_stream_reads_its_body_itself() -> None:
+    """No limit of its length holds, and its handler gets every piece as it came; a key is needed as ever."""
+    pieces = []
+
+    async def reader(scope: Scope, receive: Receive, send: Send) -> None:
+        while True:
+            message = await receive()
+            pieces.append(message["body"])
+            if not message["more_body"]:
+                break
+        await JSONResponse({})(scope, receive, send)
+
+    app = _wrapped(reader, keys=["k"])
+    assert (await _call(app, _scope("/stream"), [b"x" * 90] * 3)).status == 401
+    assert pieces == []
+    assert (await _call(app, _scope("/stream", authorization="Bearer k"), [b"x" * 90] * 3)).status == 200
+    assert pieces == [b"x" * 90] * 3
 
 
 @pytest.mark.parametrize(
