@@ -106,9 +106,19 @@ class ServiceResponseError(ClientError):
     Args:
         status: HTTP status.
         problem: The parsed ``application/problem+json`` body, empty if there was none.
+        retry_after_s: Seconds the service asked us to wait, if it said so.
     """
 
-    def __init__(self, message: str, *, status: int, problem: Mapping[str, Any], retryable: bool) -> None:
+    def __init__(
+        self,
+        message: str,
+        *,
+        status: int,
+        problem: Mapping[str, Any],
+        retryable: bool,
+        retry_after_s: float | None = None,
+    ) -> None:
         super().__init__(message, details=problem, retryable=retryable)
         self.status = status
         self.problem = dict(problem)
+        self.retry_after_s = retry_after_s

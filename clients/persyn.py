@@ -1,47 +1,35 @@
 """The Python client of the service, blocking and asynchronous."""
 
+import asyncio
 import json
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from typing import Annotated, Any, Self, TypeVar
+import threading
+from collections import deque
+from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import aclosing
+from typing import Any, Self
 
 import aiohttp
 import httpx
 from httpx_aiohttp import AiohttpTransport
-from pydantic import Discriminator, Tag, TypeAdapter, ValidationError
 
+from clients.answers import (
+    ROUTED,
+    SYNTHESIZED,
+    SYNTHESIZED_LINE,
+    TEACHERS,
+    Lines,
+    RouteItem,
+    StreamedItem,
+    parse,
+)
 from clients.errors import ServiceResponseError
-from clients.retry import RETRYABLE_STATUSES
-from clients.schemas import (
-    AnsweredItem,
-    FailedItem,
-    RouteResponse,
-    SynthesisSummary,
-    SynthesizeResponse,
-    TeachersResponse,
-)
+from clients.retry import RETRYABLE_STATUSES, RetryPolicy, parse_retry_after
+from clients.route_windows import PromptLike, Window, query_of, read_answer, windows, windows_of
+from clients.schemas import RouteResponse, SynthesizeResponse, TeachersResponse
 
-PromptLike = str | Mapping[str, Any]
-StreamedItem = AnsweredItem | FailedItem | SynthesisSummary
-Answer = TypeVar("Answer")
-
-
-def _line_kind(line: Any) -> str:
-    """Tag of one line of a stream: the status of an item; a summary has none, but counts."""
-    fields = line if isinstance(line, dict) else {}
-    return str(fields.get("status", "summary" if "ok" in fields else "unknown"))
-
-
-_route: TypeAdapter[RouteResponse] = TypeAdapter(RouteResponse)
-_synthesize: TypeAdapter[SynthesizeResponse] = TypeAdapter(SynthesizeResponse)
-_teachers: TypeAdapter[TeachersResponse] = TypeAdapter(TeachersResponse)
-_line: TypeAdapter[StreamedItem] = TypeAdapter(
-    Annotated[
-        Annotated[AnsweredItem, Tag("ok")]
-        | Annotated[FailedItem, Tag("error")]
-        | Annotated[SynthesisSummary, Tag("summary")],
-        Discriminator(_line_kind),
-    ]
-)
+_BULK_RETRY = RetryPolicy(max_attempts=8, cap_s=30.0)
+"""Outlasts a restart of the service: a minute or two."""
 
 
 def _prompts(prompts: PromptLike | Sequence[PromptLike]) -> list[PromptLike]:
@@ -64,7 +52,13 @@ def _raise_for_problem(http_response: httpx.Response) -> None:
     status = http_response.status_code
     detail = problem.get("detail") or f"HTTP {status}, not from a PerSyn service"
     retryable = bool(problem.get("retryable", status in RETRYABLE_STATUSES))
-    raise ServiceResponseError(str(detail), status=status, problem=problem, retryable=retryable)
+    raise ServiceResponseError(
+        str(detail),
+        status=status,
+        problem=problem,
+        retryable=retryable,
+        retry_after_s=parse_retry_after(http_response.headers.get("retry-after")),
+    )
 
 
 def _unreachable(base_url: httpx.URL, error: httpx.HTTPError | aiohttp.ClientError) -> ServiceResponseError:
@@ -74,42 +68,25 @@ def _unreachable(base_url: httpx.URL, error: httpx.HTTPError | aiohttp.ClientErr
     )
 
 
-def _parse(form: TypeAdapter[Answer], payload: bytes) -> Answer:
-    try:
-        return form.validate_json(payload)
-    except ValidationError as error:
-        first = error.errors(include_input=False, include_url=False)[0]
-        where = ".".join(str(part) for part in first["loc"]) or "the body"
-        raise ServiceResponseError(
-            f"the service answered in a form that this client does not know: {where}: {first['msg']}",
-            status=200,
-            problem={},
-            retryable=False,
-        ) from None
-
-
 def _json_request(prompts: PromptLike | Sequence[PromptLike], options: Mapping[str, Any]) -> dict[str, Any]:
     # ASCII JSON: what the service refuses (a lone surrogate) it must get to see.
     content = json.dumps({"prompts": _prompts(prompts), **options}, allow_nan=False).encode()
     return {"content": content, "headers": {"content-type": "application/json"}}
 
 
-class _Lines:
-    """NDJSON lines of a byte stream. ``iter_lines`` of httpx also splits at U+2028, which JSON may hold."""
+def _window_request(window: Window, query: Sequence[tuple[str, str]]) -> dict[str, Any]:
+    headers = {"content-type": "application/x-ndjson"}
+    return {"content": window.body, "headers": headers, "params": list(query)}
 
-    def __init__(self) -> None:
-        self._rest = bytearray()
 
-    def feed(self, chunk: bytes) -> list[bytes]:
-        """The lines that ``chunk`` completes."""
-        self._rest += chunk
-        *whole, rest = self._rest.split(b"\n")
-        self._rest = rest
-        return [bytes(line) for line in whole if line.strip()]
-
-    def end(self) -> list[bytes]:
-        """The last line if no newline ended it."""
-        return [bytes(self._rest)] if self._rest.strip() else []
+def _retry_delay_s(
+    retry: RetryPolicy, attempt: int, error: ServiceResponseError, window: Window
+) -> float | None:
+    """Seconds to wait before a window is sent again; on ``None``, give up: the error says what is done."""
+    delay_s = retry.delay_s(attempt, error)
+    if delay_s is None:
+        error.add_note(f"route_many: {window.first - 1} prompts were answered, in order, before this")
+    return delay_s
 
 
 class PersynClient:
@@ -138,17 +115,51 @@ class PersynClient:
 
     def route(self, prompts: PromptLike | Sequence[PromptLike], **options: Any) -> RouteResponse:
         """Which teacher suits each prompt. ``options`` are the fields of ``RouteRequest``."""
-        return _parse(_route, self._post("/route", prompts, options))
+        return parse(ROUTED, self._post("/route", prompts, options))
+
+    def route_many(
+        self,
+        prompts: Iterable[PromptLike],
+        *,
+        in_flight: int = 4,
+        retry: RetryPolicy = _BULK_RETRY,
+        **options: Any,
+    ) -> Iterator[RouteItem]:
+        """Which teacher suits each of any number of prompts: one item per prompt, in their order.
+
+        A prompt that cannot be routed is an ``UnroutedItem`` in its place. ``line`` of an item is the number
+        of its prompt, from 1. Prompts are read and sent in windows of 512, and no further than items are
+        taken, so memory is bounded. Calls of ``route`` by others go first. ``options`` are the fields of
+        ``RouteRequest`` without ``prompts``.
+
+        Args:
+            in_flight: Windows on their way at one time.
+            retry: A window whose request failed is sent again where that may help: routing changes nothing.
+        """
+        query, stopped = query_of(options), threading.Event()
+        pool = ThreadPoolExecutor(in_flight, thread_name_prefix="persyn-route-many")
+        answers: deque[Future[list[RouteItem]]] = deque()
+        try:
+            for window in windows(prompts):
+                if len(answers) == in_flight:
+                    yield from answers.popleft().result()
+                answers.append(pool.submit(self._route_window, window, query, retry, stopped))
+            while answers:
+                yield from answers.popleft().result()
+        finally:
+            # Whoever takes no more items does not wait for the requests on their way.
+            stopped.set()
+            pool.shutdown(wait=False, cancel_futures=True)
 
     def synthesize(self, prompts: PromptLike | Sequence[PromptLike], **options: Any) -> SynthesizeResponse:
         """Route, then generate. ``options`` are the fields of ``SynthesizeRequest``."""
-        return _parse(_synthesize, self._post("/synthesize", prompts, options))
+        return parse(SYNTHESIZED, self._post("/synthesize", prompts, options))
 
     def stream_synthesize(
         self, prompts: PromptLike | Sequence[PromptLike], **options: Any
     ) -> Iterator[StreamedItem]:
         """As ``synthesize``, item by item as each completes; the summary comes last."""
-        request, lines = _json_request(prompts, {**options, "stream": True}), _Lines()
+        request, lines = _json_request(prompts, {**options, "stream": True}), Lines()
         try:
             with self._http.stream("POST", "/synthesize", **request) as http_response:
                 if not http_response.is_success:
@@ -156,15 +167,15 @@ class PersynClient:
                 _raise_for_problem(http_response)
                 for chunk in http_response.iter_bytes():
                     for line in lines.feed(chunk):
-                        yield _parse(_line, line)
+                        yield parse(SYNTHESIZED_LINE, line)
                 for line in lines.end():
-                    yield _parse(_line, line)
+                    yield parse(SYNTHESIZED_LINE, line)
         except httpx.HTTPError as error:
             raise _unreachable(self._http.base_url, error) from error
 
     def teachers(self) -> TeachersResponse:
         """Live state of the teachers."""
-        return _parse(_teachers, self._get("/teachers"))
+        return parse(TEACHERS, self._get("/teachers"))
 
     def ready(self) -> bool:
         """Whether the service can route now."""
@@ -183,11 +194,31 @@ class PersynClient:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def _route_window(
+        self,
+        window: Window,
+        query: Sequence[tuple[str, str]],
+        retry: RetryPolicy,
+        stopped: threading.Event,
+    ) -> list[RouteItem]:
+        attempt = 1
+        while True:
+            try:
+                return read_answer(window, self._send("/route", _window_request(window, query)))
+            except ServiceResponseError as error:
+                delay_s = _retry_delay_s(retry, attempt, error, window)
+                if delay_s is None or stopped.wait(delay_s):
+                    raise
+            attempt += 1
+
     def _post(
         self, path: str, prompts: PromptLike | Sequence[PromptLike], options: Mapping[str, Any]
     ) -> bytes:
+        return self._send(path, _json_request(prompts, options))
+
+    def _send(self, path: str, request: Mapping[str, Any]) -> bytes:
         try:
-            http_response = self._http.post(path, **_json_request(prompts, options))
+            http_response = self._http.post(path, **request)
         except httpx.HTTPError as error:
             raise _unreachable(self._http.base_url, error) from error
         _raise_for_problem(http_response)
@@ -222,19 +253,45 @@ class AsyncPersynClient:
 
     async def route(self, prompts: PromptLike | Sequence[PromptLike], **options: Any) -> RouteResponse:
         """See ``PersynClient.route``."""
-        return _parse(_route, await self._post("/route", prompts, options))
+        return parse(ROUTED, await self._post("/route", prompts, options))
+
+    async def route_many(
+        self,
+        prompts: Iterable[PromptLike] | AsyncIterable[PromptLike],
+        *,
+        in_flight: int = 4,
+        retry: RetryPolicy = _BULK_RETRY,
+        **options: Any,
+    ) -> AsyncIterator[RouteItem]:
+        """See ``PersynClient.route_many``. Prompts may come asynchronously too."""
+        query = query_of(options)
+        answers: deque[asyncio.Task[list[RouteItem]]] = deque()
+        try:
+            async with aclosing(windows_of(prompts)) as all_windows:
+                async for window in all_windows:
+                    if len(answers) == in_flight:
+                        for item in await answers.popleft():
+                            yield item
+                    answers.append(asyncio.create_task(self._route_window(window, query, retry)))
+            while answers:
+                for item in await answers.popleft():
+                    yield item
+        finally:
+            for answer in answers:
+                answer.cancel()
+            await asyncio.gather(*answers, return_exceptions=True)
 
     async def synthesize(
         self, prompts: PromptLike | Sequence[PromptLike], **options: Any
     ) -> SynthesizeResponse:
         """See ``PersynClient.synthesize``."""
-        return _parse(_synthesize, await self._post("/synthesize", prompts, options))
+        return parse(SYNTHESIZED, await self._post("/synthesize", prompts, options))
 
     async def stream_synthesize(
         self, prompts: PromptLike | Sequence[PromptLike], **options: Any
     ) -> AsyncIterator[StreamedItem]:
         """See ``PersynClient.stream_synthesize``."""
-        request, lines = _json_request(prompts, {**options, "stream": True}), _Lines()
+        request, lines = _json_request(prompts, {**options, "stream": True}), Lines()
         try:
             async with self._http.stream("POST", "/synthesize", **request) as http_response:
                 if not http_response.is_success:
@@ -242,15 +299,15 @@ class AsyncPersynClient:
                 _raise_for_problem(http_response)
                 async for chunk in http_response.aiter_bytes():
                     for line in lines.feed(chunk):
-                        yield _parse(_line, line)
+                        yield parse(SYNTHESIZED_LINE, line)
                 for line in lines.end():
-                    yield _parse(_line, line)
+                    yield parse(SYNTHESIZED_LINE, line)
         except (httpx.HTTPError, aiohttp.ClientError) as error:
             raise _unreachable(self._http.base_url, error) from error
 
     async def teachers(self) -> TeachersResponse:
         """See ``PersynClient.teachers``."""
-        return _parse(_teachers, await self._get("/teachers"))
+        return parse(TEACHERS, await self._get("/teachers"))
 
     async def ready(self) -> bool:
         """See ``PersynClient.ready``."""
@@ -269,11 +326,28 @@ class AsyncPersynClient:
     async def __aexit__(self, *_: object) -> None:
         await self.aclose()
 
+    async def _route_window(
+        self, window: Window, query: Sequence[tuple[str, str]], retry: RetryPolicy
+    ) -> list[RouteItem]:
+        attempt = 1
+        while True:
+            try:
+                return read_answer(window, await self._send("/route", _window_request(window, query)))
+            except ServiceResponseError as error:
+                delay_s = _retry_delay_s(retry, attempt, error, window)
+                if delay_s is None:
+                    raise
+            await asyncio.sleep(delay_s)
+            attempt += 1
+
     async def _post(
         self, path: str, prompts: PromptLike | Sequence[PromptLike], options: Mapping[str, Any]
     ) -> bytes:
+        return await self._send(path, _json_request(prompts, options))
+
+    async def _send(self, path: str, request: Mapping[str, Any]) -> bytes:
         try:
-            http_response = await self._http.post(path, **_json_request(prompts, options))
+            http_response = await self._http.post(path, **request)
         except (httpx.HTTPError, aiohttp.ClientError) as error:
             raise _unreachable(self._http.base_url, error) from error
         _raise_for_problem(http_response)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
-from clients.errors import TeacherError, TeacherRateLimitedError
+from clients.errors import ServiceResponseError, TeacherError, TeacherRateLimitedError
 
 RETRYABLE_STATUSES = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
 """Statuses after which the same request may succeed. Any other 4xx is a refusal of the request."""
@@ -20,7 +20,7 @@ class RetryPolicy:
     """Exponential back-off with full jitter: the delay is uniform in [0, min(cap, base * 2^attempt)].
 
     Source: Brooker, "Exponential Backoff And Jitter", AWS Architecture Blog, 2015.
-    ``Retry-After`` of the teacher is a lower bound on the delay.
+    ``Retry-After`` of a teacher or of the service is a lower bound on the delay.
     """
 
     max_attempts: int = 4
@@ -28,12 +28,13 @@ class RetryPolicy:
     cap_s: float = 20.0
     uniform: Callable[[float, float], float] = field(default=random.uniform, repr=False)
 
-    def delay_s(self, attempt: int, error: TeacherError) -> float | None:
+    def delay_s(self, attempt: int, error: TeacherError | ServiceResponseError) -> float | None:
         """Seconds to wait after failed attempt number ``attempt`` (from 1); ``None`` is: give up."""
         if not error.retryable or attempt >= self.max_attempts:
             return None
         jittered = self.uniform(0.0, min(self.cap_s, self.base_s * 2 ** (attempt - 1)))
-        asked = error.retry_after_s if isinstance(error, TeacherRateLimitedError) else None
+        may_ask = TeacherRateLimitedError | ServiceResponseError
+        asked = error.retry_after_s if isinstance(error, may_ask) else None
         return jittered if asked is None else max(jittered, asked)
 
 

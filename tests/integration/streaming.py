@@ -50,7 +50,7 @@ def scripted_service(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loading, "answer_jobs", model.answer_jobs)
         with serving(
-            Settings(port=0, cache_path=tmp_path / "c.sqlite", threads=1, **settings),
+            Settings(**{"port": 0, "cache_path": tmp_path / "c.sqlite", "threads": 1, **settings}),
             project_of(checkpoint, "http://127.0.0.1:9"),
         ) as served:
             try:
