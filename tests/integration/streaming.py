@@ -26,6 +26,8 @@ class ScriptedModel:
 
     def __init__(self) -> None:
         self.n_prompts = 0
+        self.lengths: list[list[int]] = []
+        """Tokens of each prompt, batch by batch."""
         self.gate = threading.Event()
         """Batches wait for it."""
         self.gate.set()
@@ -38,6 +40,7 @@ class ScriptedModel:
             self._outputs += self._answer_jobs(backbone, jobs[:1])
         assert self.gate.wait(60)
         self.n_prompts += len(jobs)
+        self.lengths.append([len(job.prompt.ids) for job in jobs])
         return self._outputs * len(jobs)
 
 

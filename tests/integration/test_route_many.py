@@ -87,26 +87,28 @@ async def test_options_reach_the_service_and_refusals_the_caller(
 
 
 def test_interactive_calls_go_first(scripted: tuple[Served, ScriptedModel]) -> None:
-    """A call of another client is answered while ten thousand prompts wait."""
+    """A call of another client is in the next batch, whatever waits of ten thousand prompts."""
     served, model = scripted
     model.gate.clear()
-    bulk = served.app.state.services.bulk
+    services = served.app.state.services
+    (student,) = services.students
     with (
         PersynClient(served.base_url) as client,
         PersynClient(served.base_url) as other,
         ThreadPoolExecutor(2) as pool,
     ):
         many = pool.submit(lambda: list(client.route_many(f"p{n}" for n in range(N_PROMPTS))))
-        until(lambda: bulk.n_in_work == 1024)
-        n_before = model.n_prompts
-        call = pool.submit(other.route, "Now, please.")
-        until(lambda: served.app.state.services.routing._queue.n_held == 1)
+        until(lambda: services.bulk.n_in_work == 1024)
+        until(lambda: bool(student.served.batcher.busy_s))
+        n_before = len(model.lengths)
+        call = pool.submit(other.route, "Now, please. " * 50)
+        until(lambda: bool(student.served.batcher._waiting["interactive"]))
         model.gate.set()
         assert call.result().decisions[0].teacher
-        n_between = model.n_prompts - n_before
         assert len(many.result()) == N_PROMPTS
-    # The batch on the thread, the next one with the call in it, and what began before the answer was read.
-    assert n_between < N_PROMPTS / 2
+    on_the_thread, then = model.lengths[n_before : n_before + 2]
+    assert max(on_the_thread) < 10
+    assert max(then) > 100
 
 
 def test_a_restart_of_the_service_costs_no_item(checkpoint: Path, tmp_path: Path) -> None:
