@@ -4,6 +4,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 TORCH_PIP_ARGS ?=
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
 LOCK_ARGS ?=
 
 .DEFAULT_GOAL := help
@@ -19,12 +20,12 @@ pip_locked := $(pip_install) --no-deps --require-hashes
 
 deploy_scripts := $(wildcard deploy/*.py deploy/*/*.py)
 
-.PHONY: help setup demo serve test lint types lock clean FORCE
+.PHONY: help setup demo serve test lint types bench-route bench-soak lock clean FORCE
 
 help: ## list the tasks
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s%s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s%s\n", $$1, $$2}' Makefile
 	@printf '%s\n' '' 'Settings: PYTHON=python3.12, TORCH=torch==2.13.0, TORCH_PIP_ARGS="--index-url …" (another build of torch),' \
-	  '          PYTEST_ARGS="-k name", LOCK_ARGS=--upgrade'
+	  '          PYTEST_ARGS="-k name", BENCH_ARGS=--quick, LOCK_ARGS=--upgrade'
 
 setup: .venv/setup.stamp ## make .venv with everything: torch, the locked dependencies, small test models, persyn itself
 
@@ -48,20 +49,33 @@ lint: setup ## ruff check, ruff format, the import rules L1-L8, no registry host
 	@echo 'lint: registry hosts'
 	@.ci/registry-hosts
 
-types: setup ## mypy, strict, on the three packages and the scripts in deploy/
+types: setup ## mypy, strict, on the three packages, the benchmark of /route and the scripts in deploy/
 	@echo 'types: mypy on clients, router_model, service'
 	@.venv/bin/mypy
+	@echo 'types: mypy on tests.bench.route'
+	@.venv/bin/mypy -p tests.bench.route
 ifneq ($(deploy_scripts),)
 	@echo 'types: mypy on deploy/'
 	@.venv/bin/mypy $(deploy_scripts)
 endif
 
+bench-route: setup .venv-infinity/setup.stamp ## /route beside its engine alone, a naive server and infinity, into runs/bench (10 minutes)
+	@.ci/system-package cc build-essential
+	@.venv/bin/python -m tests.bench.route $(BENCH_ARGS)
+
+bench-soak: setup ## memory of the service over 100,000 requests of all kinds, into runs/bench (5 minutes)
+	@.ci/system-package cc build-essential
+	@.venv/bin/python -m tests.bench.route.soak $(BENCH_ARGS)
+
 lock: ## write the three lock files anew from pyproject.toml (LOCK_ARGS=--upgrade takes newer versions)
 	@.ci/lock $(LOCK_ARGS)
 
-clean: ## remove .venv, build output and caches; runs/ stays
-	@rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+clean: ## remove the environments, build output and caches; runs/ stays
+	@rm -rf .venv .venv-infinity build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	@find clients router_model service deploy tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.venv-infinity/setup.stamp: tests/bench/route/requirements-infinity.txt .venv/torch.stamp
+	@.ci/install-infinity .venv-infinity tests/bench/route/requirements-infinity.txt
 
 # One stamp per step: editing pyproject.toml costs the last step alone.
 .venv/pyvenv.cfg:

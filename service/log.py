@@ -14,23 +14,22 @@ _NOISY = ("httpx", "httpcore", "aiohttp.access", "uvicorn.access")
 
 
 def configure_logging(level: str, log_format: Literal["json", "console"]) -> None:
-    """Send every record of this process through one handler on stderr. A second call replaces it."""
-    shared = _shared_processors()
+    """Send every record of this process to stderr, rendered alike. A second call replaces the first.
+
+    Events of ``service`` are written straight: as a record of ``logging`` one of them costs more than all
+    else that a cached decision takes. Records of libraries come through one handler.
+    """
     structlog.configure(
-        processors=[
-            structlog.stdlib.filter_by_level,
-            *shared,
-            structlog.stdlib.ProcessorFormatter.wrap_for_formatter,
-        ],
-        logger_factory=structlog.stdlib.LoggerFactory(),
-        wrapper_class=structlog.stdlib.BoundLogger,
+        processors=[*_shared_processors(), *_renderers(log_format)],
+        logger_factory=_Lines,
+        wrapper_class=structlog.make_filtering_bound_logger(level),
         cache_logger_on_first_use=False,
     )
     handler = logging.StreamHandler(sys.stderr)
     handler.set_name(_HANDLER_NAME)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
-            foreign_pre_chain=[*shared, structlog.stdlib.ExtraAdder()],
+            foreign_pre_chain=[*_shared_processors(), structlog.stdlib.ExtraAdder()],
             processors=[
                 structlog.stdlib.ProcessorFormatter.remove_processors_meta,
                 _without_copies,
@@ -48,12 +47,23 @@ def configure_logging(level: str, log_format: Literal["json", "console"]) -> Non
         logging.getLogger(name).setLevel(logging.WARNING)
 
 
+class _Lines:
+    """The end of the chain of an event: one line on stderr, whole even where threads write at once."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def debug(self, line: str) -> None:
+        sys.stderr.write(line + "\n")
+
+    info = warning = error = critical = debug
+
+
 def _shared_processors() -> Sequence[Processor]:
     return (
         structlog.contextvars.merge_contextvars,
         structlog.stdlib.add_log_level,
         structlog.stdlib.add_logger_name,
-        structlog.stdlib.PositionalArgumentsFormatter(),
         structlog.processors.TimeStamper(fmt="iso", utc=True, key="time"),
     )
 

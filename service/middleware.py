@@ -3,21 +3,19 @@
 import asyncio
 import hmac
 import re
-import uuid
+import secrets
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import structlog
-from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.api.problems import problem_response
+from service.client_watch import ClientWatch
 from service.errors import PayloadTooLargeError, UnauthorizedError
 from service.metrics import Metrics
 
-logger = structlog.get_logger(__name__)
-
-REQUEST_ID_HEADER = "x-request-id"
+REQUEST_ID_HEADER = b"x-request-id"
 OPEN_PATHS = frozenset({"/livez", "/readyz"})
 """What an orchestrator's probes ask for; they carry no key."""
 
@@ -35,23 +33,25 @@ class ObserveRequests:
     def __init__(self, app: ASGIApp, *, metrics: Metrics) -> None:
         self._app = app
         self._metrics = metrics
+        # Bound once: a logger that is looked up for each line costs as much as the line.
+        self._logger = structlog.get_logger(__name__).bind()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection; what is no HTTP request (the lifespan) passes through."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        request_id = _request_id(Headers(scope=scope))
+        request_id = _request_id(scope)
         scope.setdefault("state", {})["request_id"] = request_id
-        structlog.contextvars.clear_contextvars()
         structlog.contextvars.bind_contextvars(request_id=request_id)
+        id_header = (REQUEST_ID_HEADER, request_id.encode())
         status: int | None = None
 
         async def send_with_id(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message)[REQUEST_ID_HEADER] = request_id
+                message["headers"] = [*message.get("headers", ()), id_header]
             await send(message)
 
         clock = asyncio.get_running_loop().time
@@ -63,7 +63,7 @@ class ObserveRequests:
             if status is None:
                 await problem_response(error, request_id)(scope, receive, send_with_id)
             else:
-                logger.exception("response_broken_off", error=type(error).__name__)
+                self._logger.exception("response_broken_off", error=type(error).__name__)
                 raise
         finally:
             self._finish(scope, status or _CLIENT_LEFT_STATUS, clock() - started_s)
@@ -71,7 +71,7 @@ class ObserveRequests:
     def _finish(self, scope: Scope, status: int, duration_s: float) -> None:
         template = _route_label(scope.get("route"))
         self._metrics.request_finished(scope["method"], template, status, duration_s)
-        write = logger.debug if scope["path"] in OPEN_PATHS else logger.info
+        write = self._logger.debug if scope["path"] in OPEN_PATHS else self._logger.info
         write(
             "request_answered",
             method=scope["method"],
@@ -91,14 +91,14 @@ class RequireApiKey:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection."""
         if scope["type"] == "http" and self._keys and scope["path"] not in OPEN_PATHS:
-            error = self._refusal(Headers(scope=scope).get("authorization"))
+            error = self._refusal(_header(scope, b"authorization"))
             if error is not None:
                 await problem_response(error, scope["state"]["request_id"])(scope, receive, send)
                 return
         await self._app(scope, receive, send)
 
-    def _refusal(self, authorization: str | None) -> UnauthorizedError | None:
-        scheme, _, token = (authorization or "").partition(" ")
+    def _refusal(self, authorization: str) -> UnauthorizedError | None:
+        scheme, _, token = authorization.partition(" ")
         if scheme.lower() != "bearer" or not token.strip():
             return UnauthorizedError("send one of the service's API keys as `Authorization: Bearer <key>`")
         given = token.strip().encode("latin-1", "replace")
@@ -128,7 +128,7 @@ class ReadBody:
             await self._app(scope, receive, send)
             return
         try:
-            body = await self._read(Headers(scope=scope), receive)
+            body = await self._read(scope, receive)
         except PayloadTooLargeError as error:
             response = problem_response(error, scope["state"]["request_id"])
             # The rest of the body is still under way: this connection cannot serve another request.
@@ -138,21 +138,23 @@ class ReadBody:
         if body is not None:
             await _until_disconnect(self._app, scope, body, receive, send)
 
-    async def _read(self, headers: Headers, receive: Receive) -> bytes | None:
+    async def _read(self, scope: Scope, receive: Receive) -> bytes | None:
         """The body, or ``None`` if the client left before its end."""
-        declared = headers.get("content-length", "")
+        declared = _header(scope, b"content-length")
         if declared.isdecimal() and int(declared) > self._max_bytes:
             raise self._too_large()
-        body = bytearray()
+        chunks: list[bytes] = []
+        n_bytes = 0
         while True:
             message = await receive()
             if message["type"] == "http.disconnect":
                 return None
-            body += message.get("body", b"")
-            if len(body) > self._max_bytes:
+            chunks.append(message.get("body", b""))
+            n_bytes += len(chunks[-1])
+            if n_bytes > self._max_bytes:
                 raise self._too_large()
             if not message.get("more_body", False):
-                return bytes(body)
+                return chunks[0] if len(chunks) == 1 else b"".join(chunks)
 
     def _too_large(self) -> PayloadTooLargeError:
         return PayloadTooLargeError(
@@ -164,33 +166,16 @@ class ReadBody:
 async def _until_disconnect(app: ASGIApp, scope: Scope, body: bytes, receive: Receive, send: Send) -> None:
     """Run ``app`` on a body that was read already; cancel it when the client leaves."""
     first: Message | None = {"type": "http.request", "body": body, "more_body": False}
-    left = asyncio.Event()
 
     async def replay() -> Message:
         nonlocal first
         if first is not None:
             message, first = first, None
             return message
-        await left.wait()
-        return {"type": "http.disconnect"}
+        return await watch.disconnect()
 
-    async def watch(request: asyncio.Task[None]) -> None:
-        while (await receive())["type"] != "http.disconnect":
-            pass
-        left.set()
-        request.cancel("the client has left")
-
-    async def serve() -> None:
+    async with ClientWatch(receive) as watch:
         await app(scope, replay, send)
-
-    try:
-        async with asyncio.TaskGroup() as group:
-            request = group.create_task(serve())
-            watcher = group.create_task(watch(request))
-            request.add_done_callback(lambda _: watcher.cancel())
-    except ExceptionGroup as failures:
-        # One task can fail here, so the group says nothing more than its member.
-        raise failures.exceptions[0] from None
 
 
 def _route_label(route: Any) -> str | None:
@@ -199,7 +184,15 @@ def _route_label(route: Any) -> str | None:
     return label
 
 
-def _request_id(headers: Headers) -> str:
+def _header(scope: Scope, name: bytes) -> str:
+    """The first header of this name, empty if there is none."""
+    for given, value in scope["headers"]:
+        if given == name:
+            return str(value, "latin-1")
+    return ""
+
+
+def _request_id(scope: Scope) -> str:
     """The caller's own id where it is short and plain enough for logs and headers, else a new one."""
-    given = headers.get(REQUEST_ID_HEADER, "")
-    return given if _SANE_REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+    given = _header(scope, REQUEST_ID_HEADER)
+    return given if given and _SANE_REQUEST_ID.fullmatch(given) else secrets.token_hex(16)
