@@ -26,42 +26,84 @@ UNCERTAIN_BELOW = 0.55
 def decide(
     manifest: Manifest, output: RouterOutput, row: int, prompt_id: str, options: RouteOptions
 ) -> RoutingDecision:
-    """The teacher for one prompt.
+    """The teacher for one prompt; ``Chooser`` for many. Arguments and errors are its."""
+    return Chooser(manifest, options).decide(output, row, prompt_id)
 
-    ``distribution`` is softmax of the candidates' strengths at temperature 1, whatever the strategy;
-    ``propensity`` is the probability with which the strategy chooses the teacher it chose. Cost counts in the
-    choice, not in what is reported of the router.
+
+class Chooser:
+    """Chooses teachers by one checkpoint and one set of options; what no prompt changes is worked out once.
 
     Raises:
-        UnknownTeacherError: A teacher that the checkpoint does not have.
-        StrategyError: No teacher is allowed, alpha or cost cannot be served, or the strategy does not apply.
+        UnknownTeacherError: An option names a teacher that the checkpoint does not have.
+        StrategyError: No teacher is allowed.
     """
-    outlook = outlook_at(output, options.alpha)
-    columns = _candidates(manifest, outlook.strengths_BM[row], options)
-    teachers = [manifest.teachers[column] for column in columns]
-    strengths = outlook.strengths_BM[row, columns]
-    cost_usd = _cost_usd(manifest, columns, int(output.input_tokens_B[row]), options)
-    odds = chances(manifest, teachers, strengths, options, cost_usd)
-    chosen = _draw(odds, options.seed, prompt_id)
-    names = [teacher.id for teacher in teachers]
-    best_first = np.argsort(-strengths, kind="stable")
-    margin = float(strengths[best_first[0]] - strengths[best_first[1]]) if len(names) > 1 else 0.0
-    return RoutingDecision(
-        prompt_id=prompt_id,
-        teacher=names[chosen],
-        distribution=_by_name(names, softmax(strengths)),
-        strengths=_by_name(names, strengths),
-        quality=_by_name(names, output.quality_BM[row, columns]),
-        learnability=_by_name(names, output.learnability_BM[row, columns]),
-        expected_reward=_by_name(names, outlook.expected_reward_BM[row, columns]),
-        propensity=float(odds[chosen]),
-        margin=margin,
-        uncertain=_is_uncertain(outlook, row, columns[best_first], margin),
-        input_tokens=int(output.input_tokens_B[row]),
-        truncated=bool(output.truncated_B[row]),
-        conformal_set=_conformal_set(names, strengths, best_first, outlook.conformal_width),
-        out_of_distribution=bool(output.out_of_distribution_B[row]),
-    )
+
+    def __init__(self, manifest: Manifest, options: RouteOptions) -> None:
+        self._manifest = manifest
+        self._options = options
+        self._allowed = _allowed(manifest, options)
+        self._ids = tuple(teacher.id for teacher in manifest.teachers)
+
+    def decide(self, output: RouterOutput, row: int, prompt_id: str) -> RoutingDecision:
+        """The teacher for one prompt.
+
+        ``distribution`` is softmax of the candidates' strengths at temperature 1, whatever the strategy;
+        ``propensity`` is the probability with which the strategy chooses the teacher it chose. Cost counts in
+        the choice, not in what is reported of the router.
+
+        Raises:
+            StrategyError: Alpha or cost cannot be served, or the strategy does not apply.
+        """
+        outlook = outlook_at(output, self._options.alpha)
+        columns = self._candidates(outlook.strengths_BM[row])
+        names = [self._ids[column] for column in columns.tolist()]
+        strengths = outlook.strengths_BM[row, columns]
+        n_input_tokens = int(output.input_tokens_B[row])
+        best_first = np.argsort(-strengths, kind="stable")
+        chosen, propensity = self._choice(columns, strengths, best_first, n_input_tokens, prompt_id)
+        margin = float(strengths[best_first[0]] - strengths[best_first[1]]) if len(names) > 1 else 0.0
+        return RoutingDecision(
+            prompt_id=prompt_id,
+            teacher=names[chosen],
+            distribution=_by_name(names, softmax(strengths)),
+            strengths=_by_name(names, strengths),
+            quality=_by_name(names, output.quality_BM[row, columns]),
+            learnability=_by_name(names, output.learnability_BM[row, columns]),
+            expected_reward=_by_name(names, outlook.expected_reward_BM[row, columns]),
+            propensity=propensity,
+            margin=margin,
+            uncertain=_is_uncertain(outlook, row, columns[best_first], margin),
+            input_tokens=n_input_tokens,
+            truncated=bool(output.truncated_B[row]),
+            conformal_set=_conformal_set(names, strengths, best_first, outlook.conformal_width),
+            out_of_distribution=bool(output.out_of_distribution_B[row]),
+        )
+
+    def _candidates(self, strengths_M: FloatArray) -> Columns:
+        """The allowed columns, cut to the strongest of this prompt where the options say so."""
+        allowed, top_k = self._allowed, self._options.top_k
+        if top_k is None or top_k >= len(allowed):
+            return allowed
+        strongest = np.argsort(-strengths_M[allowed], kind="stable")[:top_k]
+        return allowed[np.sort(strongest)]
+
+    def _choice(
+        self,
+        columns: Columns,
+        strengths: FloatArray,
+        best_first: Columns,
+        n_input_tokens: int,
+        prompt_id: str,
+    ) -> tuple[int, float]:
+        """Which of the candidates is taken, and how probable that was."""
+        options = self._options
+        if options.strategy == "persyn" and options.temperature == 0 and options.cost_weight == 0:
+            return int(best_first[0]), 1.0
+        teachers = [self._manifest.teachers[column] for column in columns]
+        cost_usd = _cost_usd(self._manifest, columns, n_input_tokens, options)
+        odds = chances(self._manifest, teachers, strengths, options, cost_usd)
+        chosen = _draw(odds, options.seed, prompt_id)
+        return chosen, float(odds[chosen])
 
 
 def outlook_at(output: RouterOutput, alpha: float | None) -> Outlook:
@@ -76,20 +118,16 @@ def outlook_at(output: RouterOutput, alpha: float | None) -> Outlook:
         raise refusal("alpha", error.message) from error
 
 
-def _candidates(manifest: Manifest, strengths_M: FloatArray, options: RouteOptions) -> Columns:
-    """Columns of the candidates, by teacher id: neither ties nor draws depend on the checkpoint's order."""
+def _allowed(manifest: Manifest, options: RouteOptions) -> Columns:
+    """Columns that may be chosen, by teacher id: neither ties nor draws depend on the checkpoint's order."""
     known = [teacher.id for teacher in manifest.teachers]
     for name in (*(options.teachers or ()), *options.exclude):
         if name not in known:
             raise UnknownTeacherError(f"the router knows no teacher {name!r}; known: {', '.join(known)}")
     wanted = set(known if options.teachers is None else options.teachers) - set(options.exclude)
-    columns = np.array([known.index(name) for name in sorted(wanted)], dtype=np.intp)
-    if not len(columns):
+    if not wanted:
         raise refusal("exclude" if options.exclude else "teachers", "no teacher is left to choose from")
-    if options.top_k is None or options.top_k >= len(columns):
-        return columns
-    strongest = np.argsort(-strengths_M[columns], kind="stable")[: options.top_k]
-    return columns[np.sort(strongest)]
+    return np.array([known.index(name) for name in sorted(wanted)], dtype=np.intp)
 
 
 def _cost_usd(
@@ -131,7 +169,8 @@ def _conformal_set(
 
 def _by_name(names: Sequence[str], values: FloatArray) -> dict[str, float]:
     """Values by teacher; empty if they are not known."""
-    return {} if np.isnan(values).any() else dict(zip(names, map(float, values), strict=True))
+    numbers = values.tolist()
+    return {} if any(map(math.isnan, numbers)) else dict(zip(names, numbers, strict=True))
 
 
 def _draw(odds: FloatArray, seed: int, prompt_id: str) -> int:

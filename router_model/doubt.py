@@ -20,7 +20,8 @@ def jackknife_error(values_E: FloatArray) -> FloatArray:
         The error along the other axes.
     """
     n_members = len(values_E)
-    squares = ((values_E - values_E.mean(axis=0)) ** 2).sum(axis=0)
+    deviations_E = values_E - values_E.sum(axis=0) / n_members
+    squares = (deviations_E * deviations_E).sum(axis=0)
     return np.asarray(np.sqrt((n_members - 1) / n_members * squares))
 
 

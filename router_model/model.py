@@ -1,6 +1,6 @@
 """The router itself: heads on frozen features, with what training learnt of their spread and calibration."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from router_model.heads import FeatureArray, Head, Projection, nearest, squared_distances
-from router_model.outlook import AlphaCalibration, Mode, Parts, RouterOutput, TopDeviations
+from router_model.outlook import AlphaCalibration, Mode, Parts, RouterOutput, RouterTraits, TopDeviations
 from router_model.reward import Normalization
 
 FloatArray = NDArray[np.float64]
@@ -98,20 +98,10 @@ class RouterModel:
         """What the router says of a batch of encoded prompts."""
         n_prompts = len(features_BD)
         quality_BM = self.quality.predict(features_BD)
-        fixed = self.chosen.fixed
         return RouterOutput(
-            mode=self.mode,
-            alpha=self.alpha,
-            calibration=self.calibration,
-            coverage=self.coverage,
-            parts=self._parts(self.chosen, features_BD),
-            member_parts=self._member_parts(features_BD),
-            mean_parts=self._mean_parts(),
-            member_means=self.member_means,
-            fixed_BM=None if fixed is None else fixed.predict(features_BD),
-            member_fixed_EBM=None
-            if fixed is None
-            else _stacked([member.fixed for member in self.members], features_BD, len(self.teachers)),
+            traits=RouterTraits(self.mode, self.alpha, self.calibration, self.coverage, self._means()),
+            parts_F=self._parts(features_BD),
+            fixed_FBM=self._fixed(features_BD),
             quality_BM=quality_BM,
             learnability_BM=np.full_like(quality_BM, np.nan)
             if self.learnability is None
@@ -121,36 +111,35 @@ class RouterModel:
             out_of_distribution_B=self.novelty.flags(features_BD),
         )
 
-    def _mean_parts(self) -> Parts:
+    def _means(self) -> Parts:
+        """The teachers' means by the router itself and by each member, FM."""
         learnability = [teacher.mean_learnability_part for teacher in self.teachers]
+        own_M = np.array([teacher.mean_quality_part for teacher in self.teachers])
+        of_members = self.member_means
         return Parts(
-            np.array([teacher.mean_quality_part for teacher in self.teachers]),
-            None if None in learnability else np.array(learnability, dtype=np.float64),
+            np.concatenate([own_M[None], of_members.quality]),
+            None
+            if None in learnability or of_members.learnability is None
+            else np.concatenate([np.array([learnability], dtype=np.float64), of_members.learnability]),
         )
 
-    def _parts(self, heads: PartHeads, features_BD: FeatureArray) -> Parts:
-        learnability = None if heads.learnability is None else heads.learnability.predict(features_BD)
-        top = None
-        if heads.top is not None:
-            shape = (len(features_BD), len(self.top_alphas), len(self.teachers))
-            top = TopDeviations(self.top_alphas, heads.top.predict(features_BD).reshape(shape))
-        return Parts(heads.quality.predict(features_BD), learnability, top)
-
-    def _member_parts(self, features_BD: FeatureArray) -> Parts:
-        members = [self._parts(member, features_BD) for member in self.members]
-        if not members:
-            nothing_EBM = np.zeros((0, len(features_BD), len(self.teachers)))
-            return Parts(nothing_EBM, None if self.chosen.learnability is None else nothing_EBM)
-        learnability = [member.learnability for member in members if member.learnability is not None]
-        top = [member.top.values for member in members if member.top is not None]
+    def _parts(self, features_BD: FeatureArray) -> Parts:
+        """Each FBM. All heads predict what the first one does."""
+        heads_F = (self.chosen, *self.members)
+        tops = [heads.top.predict(features_BD) for heads in heads_F if heads.top is not None]
+        shape = (len(heads_F), len(features_BD), len(self.top_alphas), len(self.teachers))
         return Parts(
-            np.stack([member.quality for member in members]),
-            np.stack(learnability) if learnability else None,
-            TopDeviations(self.top_alphas, np.stack(top)) if top else None,
+            np.stack([heads.quality.predict(features_BD) for heads in heads_F]),
+            _stacked([heads.learnability for heads in heads_F], features_BD),
+            TopDeviations(self.top_alphas, np.stack(tops).reshape(shape)) if tops else None,
         )
 
+    def _fixed(self, features_BD: FeatureArray) -> FloatArray | None:
+        """Of ``paper`` mode; FBM, or fewer members."""
+        return _stacked([heads.fixed for heads in (self.chosen, *self.members)], features_BD)
 
-def _stacked(heads: list[Head | None], features_BD: FeatureArray, n_teachers: int) -> FloatArray:
-    """Predictions of the heads there are, EBM."""
+
+def _stacked(heads: Sequence[Head | None], features_BD: FeatureArray) -> FloatArray | None:
+    """Predictions of the heads there are, along a new first axis; None if there are none."""
     values = [head.predict(features_BD) for head in heads if head is not None]
-    return np.stack(values) if values else np.zeros((0, len(features_BD), n_teachers))
+    return np.stack(values) if values else None

@@ -9,7 +9,7 @@ from typing import Protocol
 from clients.canonical import messages_hash
 from clients.schemas import PromptBody, RouteParameters, RouteRequest
 from clients.types import Price, Prompt, RoutingDecision, Strategy
-from router_model.decision import decide, outlook_at
+from router_model.decision import Chooser, outlook_at
 from router_model.joint_inference import ScoredPrompt
 from router_model.strategies import RouteOptions
 from router_model.tokenization import message_text, prompt_text
@@ -138,7 +138,7 @@ class RoutingService:
             return
         (outcome,) = (await plan.student.score(["Can this be served?"])).prompts
         if isinstance(outcome, ScoredPrompt):
-            decide(plan.student.manifest, outcome.output, outcome.row, "", options)
+            Chooser(plan.student.manifest, options).decide(outcome.output, outcome.row, "")
 
     async def route_prompts(
         self,
@@ -175,6 +175,7 @@ class RoutingService:
         prompts: Sequence[Prompt],
         scored: Sequence[ScoredPrompt | Exception],
     ) -> list[RoutingDecision | Exception]:
+        chooser = Chooser(student.manifest, options)
         decisions: list[RoutingDecision | Exception] = []
         for index, (prompt, outcome) in enumerate(zip(prompts, scored, strict=True)):
             if index % _CHUNK == _CHUNK - 1:
@@ -182,7 +183,7 @@ class RoutingService:
             if isinstance(outcome, Exception):
                 decisions.append(outcome)
                 continue
-            decision = decide(student.manifest, outcome.output, outcome.row, prompt.id, options)
+            decision = chooser.decide(outcome.output, outcome.row, prompt.id)
             self._observer.prompt_routed(student.spec.id, options.strategy, decision)
             decisions.append(decision)
         return decisions

@@ -6,7 +6,7 @@ from typing import Any
 
 from clients.types import Price, Prompt, RoutingDecision, TeacherSpec
 from router_model.checkpoint import Manifest
-from router_model.decision import decide
+from router_model.decision import Chooser
 from router_model.embedding_cache import encode_all
 from router_model.errors import CheckpointError
 from router_model.inference import Router
@@ -46,7 +46,8 @@ def decide_all(
     """
     texts = [prompt_text(prompt.messages) for prompt in prompts]
     output = router.answer(encode_all(router.backbone, texts, progress=progress))
-    return [decide(router.manifest, output, row, prompt.id, options) for row, prompt in enumerate(prompts)]
+    chooser = Chooser(router.manifest, options)
+    return [chooser.decide(output, row, prompt.id) for row, prompt in enumerate(prompts)]
 
 
 def way_of_choosing(manifest: Manifest, options: RouteOptions, *, has_budget: bool = False) -> dict[str, Any]:
