@@ -19,7 +19,7 @@ from typing_extensions import override
 from clients.cache import ResponseCache
 from clients.dispatcher import Dispatcher
 from clients.errors import ConfigurationError, PersynError
-from clients.redis_cache import RedisCache
+from clients.redis_cache import RedisCache, RedisRows
 from clients.registry import Registry
 from clients.sqlite_cache import SqliteCache
 from clients.types import Project
@@ -30,6 +30,7 @@ from service.api.docs import add_docs
 from service.api.problems import MEDIA_TYPE, OptionsPlace, problem_response
 from service.bulk_routing import BulkRouting
 from service.connections import Connection
+from service.decision_cache import DecisionCache, RowMemory, writing
 from service.loading import ServingOptions
 from service.log import configure_logging
 from service.metrics import Metrics
@@ -199,7 +200,8 @@ async def _open(stack: AsyncExitStack, settings: Settings, project: Project, met
     )
     queue = Admission(settings.max_queued_prompts, unit="queued prompts", clock=clock)
     prices = {spec.id: spec.price for spec in project.teachers if spec.price is not None}
-    routing = RoutingService(students, prices=prices, queue=queue, observer=metrics)
+    cached = await _open_decision_cache(stack, settings, metrics)
+    routing = RoutingService(students, prices=prices, queue=queue, observer=metrics, cache=cached)
     dispatcher = Dispatcher(registry, cache=cache, observer=metrics)
     return Services(
         registry=registry,
@@ -217,6 +219,25 @@ async def _open(stack: AsyncExitStack, settings: Settings, project: Project, met
         ),
         stopping=asyncio.Event(),
     )
+
+
+async def _open_decision_cache(
+    stack: AsyncExitStack, settings: Settings, metrics: Metrics
+) -> DecisionCache | None:
+    """The cache of what routers say of prompts, in Redis too where the settings name one."""
+    if not settings.decision_cache_mb:
+        return None
+    store = None
+    if settings.redis_url is not None:
+        store = RedisRows(settings.redis_url.get_secret_value(), ttl_s=settings.cache_ttl_s)
+        stack.push_async_callback(store.aclose)
+    cache = DecisionCache(
+        RowMemory(round(settings.decision_cache_mb * 1e6)),
+        store,
+        observer=metrics,
+        clock=asyncio.get_running_loop().time,
+    )
+    return await stack.enter_async_context(writing(cache))
 
 
 async def _answer_problem(request: Request, error: Exception) -> Response:

@@ -118,6 +118,17 @@ class Metrics:
         self._batch_failures = Counter(
             "persyn_batch_failures_total", "Forward passes that raised.", registry=registry
         )
+        self._decision_cache = Counter(
+            "persyn_decision_cache_total",
+            "Prompts of /route looked up: hit, or miss, which the router had to read.",
+            ("outcome",),
+            registry=registry,
+        )
+        self._decision_cache_failures = Counter(
+            "persyn_decision_cache_failures_total",
+            "Times the shared decision cache could not be used, or held a damaged row.",
+            registry=registry,
+        )
         build = Gauge(
             "persyn_build_info", "Always 1; the version is the label.", ("version",), registry=registry
         )
@@ -195,3 +206,12 @@ class Metrics:
     def items_dropped(self, n_items: int) -> None:
         """See ``service.batching.BatchObserver``."""
         self._dropped_prompts.inc(n_items)
+
+    def decisions_looked_up(self, n_hits: int, n_misses: int) -> None:
+        """See ``service.decision_cache.CacheObserver``."""
+        self._decision_cache.labels("hit").inc(n_hits)
+        self._decision_cache.labels("miss").inc(n_misses)
+
+    def decision_cache_failed(self) -> None:
+        """See ``service.decision_cache.CacheObserver``."""
+        self._decision_cache_failures.inc()

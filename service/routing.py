@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Protocol
@@ -15,8 +16,9 @@ from router_model.strategies import RouteOptions
 from router_model.tokenization import message_text, prompt_text
 from service.admission import Admission
 from service.batching import Priority
+from service.decision_cache import DecisionCache, Permits
 from service.errors import DeadlineExceededError, InvalidRequestError
-from service.students import Student, Students
+from service.students import Scored, Student, Students
 
 _ID_LENGTH = 16
 _CHUNK = 64
@@ -69,6 +71,7 @@ class RoutingService:
         students: The loaded routers.
         prices: By teacher id, of those that have a known one; for requests that weigh cost.
         queue: Permits for prompts that wait for the model.
+        cache: Of what routers said of prompts; without one every prompt is scored.
         observer: Told of each decision.
     """
 
@@ -79,11 +82,13 @@ class RoutingService:
         prices: Mapping[str, Price],
         queue: Admission,
         observer: RoutingObserver,
+        cache: DecisionCache | None = None,
     ) -> None:
         self._students = students
         self._prices = prices
         self._queue = queue
         self._observer = observer
+        self._cache = cache
 
     async def route(
         self,
@@ -109,9 +114,11 @@ class RoutingService:
         try:
             async with asyncio.timeout_at(deadline_s):
                 # Held from here on: a reload must not close what this call will use.
-                with plan.student.served.in_use(), self._queue.permits(len(request.prompts)):
+                with plan.student.served.in_use():
                     prompts = await _prompts(request.prompts)
-                    return await self.route_prompts(plan, prompts, deadline_s=deadline_s, priority=priority)
+                    return await self.route_prompts(
+                        plan, prompts, permits=self._queue.permits, deadline_s=deadline_s, priority=priority
+                    )
         except TimeoutError:
             raise DeadlineExceededError("the deadline passed before all prompts were routed") from None
 
@@ -145,13 +152,17 @@ class RoutingService:
         plan: RoutePlan,
         prompts: Sequence[Prompt],
         *,
+        permits: Permits | None = None,
         deadline_s: float | None = None,
         priority: Priority = "interactive",
     ) -> Routed:
-        """Decide which teacher answers each prompt. The caller holds permits and keeps the router open."""
-        scored = await plan.student.score(
-            [prompt_text(prompt.messages) for prompt in prompts], priority=priority, deadline_s=deadline_s
-        )
+        """Decide which teacher answers each prompt. The caller keeps the router open.
+
+        Args:
+            permits: Of the queue, for prompts that the router must read; none where the caller holds them.
+        """
+        texts = [prompt_text(prompt.messages) for prompt in prompts]
+        scored = await self._score(plan.student, texts, permits or _no_permits, priority, deadline_s)
         decisions = await self._decide(plan.student, plan.options, prompts, scored.prompts)
         return Routed(
             checkpoint_id=plan.student.manifest.checkpoint_id,
@@ -167,6 +178,21 @@ class RoutingService:
                 "inference": scored.inference_s,
             },
         )
+
+    async def _score(
+        self,
+        student: Student,
+        texts: Sequence[str],
+        permits: Permits,
+        priority: Priority,
+        deadline_s: float | None,
+    ) -> Scored:
+        if self._cache is not None:
+            return await self._cache.score(
+                student, texts, permits=permits, priority=priority, deadline_s=deadline_s
+            )
+        with permits(len(texts)):
+            return await student.score(texts, priority=priority, deadline_s=deadline_s)
 
     async def _decide(
         self,
@@ -202,6 +228,10 @@ class RoutingService:
             car_beta=request.car_beta,
             prices=self._prices,
         )
+
+
+def _no_permits(_n_prompts: int) -> AbstractContextManager[None]:
+    return nullcontext()
 
 
 def _require_known_teachers(request: RouteParameters, student: Student) -> None:

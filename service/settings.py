@@ -45,12 +45,17 @@ class Settings(BaseSettings):
         (), description="Comma-separated keys; one must come as `Authorization: Bearer` with each request."
     )
     redis_url: SecretStr | None = Field(
-        None, description="Redis for the response cache; unset, an embedded SQLite file is used."
+        None,
+        description="Redis for the response cache (an SQLite file if unset) and for what routers said.",
     )
     cache_path: Path = Field(
         default_factory=_default_cache_path, description="The SQLite file of the response cache."
     )
-    cache_ttl_s: float = Field(30 * 86400.0, gt=0, description="Seconds for which a response is kept.")
+    cache_ttl_s: float = Field(
+        30 * 86400.0,
+        gt=0,
+        description="Seconds for which a response is kept, and in Redis what a router said.",
+    )
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="Least level logged.")
     log_format: Literal["json", "console"] = Field("json", description="One JSON line per event, or text.")
     max_body_bytes: int = Field(16 * 2**20, ge=1024, description="Longest request body.")
@@ -72,6 +77,11 @@ class Settings(BaseSettings):
     )
     stream_stall_s: float = Field(
         60.0, gt=0, description="Seconds for which an NDJSON stream may stand still before it is ended."
+    )
+    decision_cache_mb: float = Field(
+        64.0,
+        ge=0,
+        description="Memory for what routers said of prompts, in MB; 0 turns it off, that in Redis included.",
     )
     batch_tokens: int = Field(
         2048, ge=1, description="Tokens that share one forward pass; a longer prompt goes alone."

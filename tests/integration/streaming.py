@@ -48,12 +48,13 @@ class ScriptedModel:
 def scripted_service(
     checkpoint: Path, tmp_path: Path, **settings: Any
 ) -> Iterator[tuple[Served, ScriptedModel]]:
-    """A service on a scripted model, while the block runs."""
+    """A service on a scripted model, while the block runs; by default it caches no decision."""
     model = ScriptedModel()
+    plain = {"port": 0, "cache_path": tmp_path / "c.sqlite", "threads": 1, "decision_cache_mb": 0}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loading, "answer_jobs", model.answer_jobs)
         with serving(
-            Settings(**{"port": 0, "cache_path": tmp_path / "c.sqlite", "threads": 1, **settings}),
+            Settings(**{**plain, **settings}),
             project_of(checkpoint, "http://127.0.0.1:9"),
         ) as served:
             try:

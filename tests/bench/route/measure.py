@@ -159,7 +159,7 @@ class Run:
     def _hit_the_cache(self) -> None:
         """The same prompts again and again, after each was routed once."""
         scale = self._scale
-        with persyn(self._setting.files, engine=REFERENCE, decision_cache=True) as server:
+        with persyn(self._setting.files, engine=REFERENCE, decision_cache_mb=64.0) as server:
             server.route(self._generator, self._prompts, MIDDLE)
             self.measured.cache_hit = server.route(
                 self._generator, self._prompts, MIDDLE, n_times=scale.n_cached // scale.n_prompts

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from service.settings import PREFIX, Settings
+from service.settings import PREFIX
 from tests.bench.route.load import Generator, Load
 from tests.bench.route.preparation import Prepared
 from tests.bench.route.processes import (
@@ -21,8 +21,6 @@ from tests.bench.route.processes import (
 INFINITY = "infinity"
 NAIVE_LOCK, NAIVE_INLINE = "naive, lock and threads", "naive, inline async"
 NAIVE = (NAIVE_LOCK, NAIVE_INLINE)
-_ENGINE_FIELD = "engine"
-_CACHE_FIELD = "decision_cache_entries"
 
 Body = Callable[[str], str]
 """The request body that asks for one prompt."""
@@ -79,15 +77,18 @@ def _infinity_body(prompt: str) -> str:
 
 
 @contextmanager
-def persyn(files: Prepared, *, engine: str, decision_cache: bool = False) -> Iterator[Server]:
+def persyn(files: Prepared, *, engine: str, decision_cache_mb: float = 0.0) -> Iterator[Server]:
     """``persyn serve`` while the block runs.
 
+    Args:
+        decision_cache_mb: 0, as anywhere else it would answer in place of the router.
+
     Raises:
-        BenchError: This version has no such engine or no cache of decisions, or does not start.
+        BenchError: It does not start.
     """
     port = free_port()
-    name = persyn_name(engine) + (", cache on" if decision_cache else "")
-    settings = _settings(engine, decision_cache=decision_cache)
+    name = persyn_name(engine) + (", cache on" if decision_cache_mb else "")
+    settings = _settings(engine, decision_cache_mb)
     settings[PREFIX + "CACHE_PATH"] = str(files.folder / "responses.sqlite")
     command = [sys.executable, "-m", "service.cli", "serve", "-c", str(files.project), "--port", str(port)]
     env = clean_environment(**settings)
@@ -95,24 +96,12 @@ def persyn(files: Prepared, *, engine: str, decision_cache: bool = False) -> Ite
         yield Server(name, f"http://127.0.0.1:{port}", "/route", pid, _persyn_body)
 
 
-def decisions_can_be_cached() -> bool:
-    """Whether this version of the service has a cache of decisions."""
-    return _CACHE_FIELD in Settings.model_fields
-
-
-def _settings(engine: str, *, decision_cache: bool) -> dict[str, str]:
-    """The environment variables that choose an engine, and whether decisions are cached."""
-    settings = {}
-    if _ENGINE_FIELD in Settings.model_fields:
-        settings[PREFIX + _ENGINE_FIELD.upper()] = engine
-    elif engine != "fp32":
-        raise BenchError(f"this version of the service has no setting {PREFIX}{_ENGINE_FIELD.upper()}")
-    if decisions_can_be_cached():
-        if not decision_cache:
-            settings[PREFIX + _CACHE_FIELD.upper()] = "0"
-    elif decision_cache:
-        raise BenchError(f"this version of the service has no setting {PREFIX}{_CACHE_FIELD.upper()}")
-    return settings
+def _settings(engine: str, decision_cache_mb: float) -> dict[str, str]:
+    """The environment variables of one service."""
+    return {
+        PREFIX + "ENGINE": engine,
+        PREFIX + "DECISION_CACHE_MB": str(decision_cache_mb),
+    }
 
 
 @contextmanager

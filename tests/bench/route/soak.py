@@ -22,7 +22,7 @@ from tests.bench.route.machine import commit_facts, machine_facts
 from tests.bench.route.measure import tell
 from tests.bench.route.preparation import prepare
 from tests.bench.route.processes import ROOT, BenchError, end_on_signals, resident_bytes
-from tests.bench.route.servers import Server, decisions_can_be_cached, persyn
+from tests.bench.route.servers import Server, persyn
 
 N_WARM_UP, N_MEASURED, N_QUICK, N_PER_SLICE = 20_000, 100_000, 10_000, 2_000
 GOAL_PERCENT = 2.0
@@ -30,6 +30,8 @@ GIVE_UP_EVERY = 10
 """Each so manieth request is given up."""
 _GIVE_UP_AFTER_S = 0.002
 _N_KNOWN = 64
+_CACHE_MB = 1.0
+"""Full long before the measured requests begin: what grows until it is full would look like a leak."""
 
 BAD = (
     "{",
@@ -119,7 +121,7 @@ def soak(out: Path, n_measured: int) -> dict[str, Any]:
     files = prepare(out / "soak")
     generator = Generator(files.folder)
     bodies = mixed_bodies()
-    with persyn(files, engine="auto", decision_cache=decisions_can_be_cached()) as server:
+    with persyn(files, engine="auto", decision_cache_mb=_CACHE_MB) as server:
         for _ in range(min(N_WARM_UP, n_measured) // N_PER_SLICE):
             _slice(generator, server, bodies)
         sizes, loads = [resident_bytes(server.pid)], []
