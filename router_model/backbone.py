@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModel
 
 from router_model.errors import BackboneError
+from router_model.memory import keep_freed_memory
 from router_model.network import DTYPES, Features, Network, Precision, open_network
 from router_model.pretrained import (
     fingerprint,
@@ -162,6 +163,7 @@ def load_backbone(
     Raises:
         BackboneError: The model cannot be loaded or cannot be used as a backbone.
     """
+    keep_freed_memory()
     if threads is not None:
         torch.set_num_threads(threads)
     source = locate_model(name)

@@ -5,9 +5,12 @@ computed for padding, which in batches of mixed lengths is most of the work. Pad
 model that transformers has, and on every device.
 """
 
+import functools
 import logging
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any, Literal, Protocol, cast
 
 import numpy as np
@@ -18,8 +21,9 @@ from torch.nn.functional import normalize
 from router_model import prepacked_linear
 from router_model.batches import length_batches, token_batches
 from router_model.errors import BackboneError
-from router_model.packed_attention import PACKED, packed_arguments
+from router_model.packed_attention import PACKED, packed_arguments, row_ends
 from router_model.pretrained import is_encoder, position_offset
+from router_model.traced_model import States, trace_model
 from router_model.views import View
 
 logger = logging.getLogger(__name__)
@@ -34,6 +38,10 @@ TOLERANCE: dict[Precision, float] = {"fp32": 1e-4, "bf16": 3e-2}
 _PACKED_TOKENS = 2048
 """Tokens of a packed row: matrix products are full long before, and other work waits for a whole row."""
 _PADDED_TOKENS = 4096
+_MOST_PROGRAMS = 8
+"""Sets of layers for which a model is traced."""
+_SHORTEST_STEP, _STEPS_PER_ROW = 16, 32
+"""A row is filled up to a multiple of 16 tokens, or of a 32nd of the next power of two if that is more."""
 
 _PROBES = ((3, 5, 4, 11, 7), (9, 2, 13), (6, 8, 5, 3, 12, 10, 4, 2, 7, 9, 11, 3))
 """Ids of three prompts, small enough for any vocabulary."""
@@ -60,6 +68,11 @@ class Network(Protocol):
         """How it is run, for logs."""
         ...
 
+    @property
+    def concurrent(self) -> bool:
+        """Whether several threads may run it at once."""
+        ...
+
     def features(self, prompts: Sequence[Sequence[int]], views: Sequence[View]) -> Features:
         """Pooled hidden states of each prompt, one view after the other, in input order."""
         ...
@@ -70,6 +83,8 @@ class PaddedNetwork:
 
     def __init__(self, model: Any) -> None:
         self.kind = "padded"
+        # Unknown models are run one batch at a time; on a GPU nothing else would be faster.
+        self.concurrent = False
         self._model = model
         self._device = next(model.parameters()).device
         # A decoder's cache of keys and values is for generation: here it would only take memory.
@@ -104,15 +119,25 @@ class PaddedNetwork:
 class PackedNetwork:
     """Prompts one behind the other in one row, up to the deepest layer that a view asks for.
 
+    Args:
+        examples: Rows of prompts, of different shapes, on which a trace of the model is tried.
+
     Raises:
         BackboneError: The model's layers cannot be told apart.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, examples: Sequence[Sequence[Sequence[int]]] = ()) -> None:
         self.kind = "packed"
+        self.concurrent = not _changes_as_it_runs(model)
+        self._is_traced = self.concurrent and len(examples) > 1
+        self._programs: dict[tuple[int, ...], States | None] = {}
+        self._tracing = threading.Lock()
+        self._examples = examples
         self._model = model
         self._device = next(model.parameters()).device
-        self._layers = _layers(model)
+        layers = _layers(model)
+        self._n_layers = len(layers)
+        self._recorder = _Recorder(layers)
         self._offset = position_offset(model)
         self._options = {} if is_encoder(model.config) else {"use_cache": False}
         self._implementation = model.config._attn_implementation  # noqa: SLF001
@@ -120,6 +145,7 @@ class PackedNetwork:
 
     def unpack(self) -> None:
         """Give the model back its own attention."""
+        self._recorder.remove()
         self._model.set_attn_implementation(self._implementation)
 
     def features(self, prompts: Sequence[Sequence[int]], views: Sequence[View]) -> Features:
@@ -131,28 +157,64 @@ class PackedNetwork:
         return cast("Features", np.concatenate(parts))
 
     def _forward(self, prompts: Sequence[Sequence[int]], views: Sequence[View]) -> Any:
-        lengths = [len(ids) for ids in prompts]
-        ids = torch.tensor([[token for prompt in prompts for token in prompt]], device=self._device)
-        positions = torch.cat([torch.arange(length) for length in lengths])[None] + self._offset
+        layers = tuple(sorted({view.layer for view in views}))
         with torch.inference_mode():
-            hidden = self._hidden(ids, positions.to(self._device), lengths, {view.layer for view in views})
-            return torch.cat(
-                [_pool(torch.split(hidden[view.layer], lengths), view) for view in views], dim=1
-            ).numpy()
+            inputs, lengths = self._row(prompts)
+            program = self._program(layers)
+            hidden = self._states(layers, *inputs) if program is None else program(*inputs)
+            states = {
+                layer: torch.split(found[0], lengths)[: len(prompts)]
+                for layer, found in zip(layers, hidden, strict=True)
+            }
+            return torch.cat([_pool(states[view.layer], view) for view in views], dim=1).numpy()
 
-    def _hidden(
-        self, ids: Tensor, positions: Tensor, lengths: Sequence[int], wanted: set[int]
-    ) -> dict[int, Tensor]:
-        """Hidden states (T, D) after each wanted layer. The last one's are normed by the model."""
-        with _recorded(self._layers, wanted) as hidden:
+    def _row(self, prompts: Sequence[Sequence[int]]) -> tuple[tuple[Tensor, ...], list[int]]:
+        """Ids (1, T), positions (1, T), ends, and the length of each prompt, a filler among them."""
+        filler = _filler(sum(len(ids) for ids in prompts))
+        row = [*prompts, filler] if filler else prompts
+        lengths = [len(ids) for ids in row]
+        ids = torch.tensor([list(chain.from_iterable(row))], device=self._device)
+        positions = torch.cat([torch.arange(length) for length in lengths])[None] + self._offset
+        return (ids, positions.to(self._device), row_ends(lengths)), lengths
+
+    def _program(self, layers: tuple[int, ...]) -> States | None:
+        """How these layers' states are computed without Python; ``None`` where that is not possible."""
+        if not self._is_traced:
+            return None
+        with self._tracing:
+            if layers not in self._programs and len(self._programs) < _MOST_PROGRAMS:
+                example, *others = (self._row(prompts)[0] for prompts in self._examples)
+                self._programs[layers] = trace_model(
+                    self._model, functools.partial(self._states, layers), example, others
+                )
+            return self._programs.get(layers)
+
+    def _states(
+        self, layers: Sequence[int], ids: Tensor, positions: Tensor, ends: Tensor
+    ) -> tuple[Tensor, ...]:
+        """Hidden states (1, T, D) after each layer. The last one's are normed by the model."""
+        with self._recorder.recording(set(layers)) as hidden:
             try:
                 outputs = self._model(
-                    input_ids=ids, position_ids=positions, **packed_arguments(lengths), **self._options
+                    input_ids=ids,
+                    position_ids=positions,
+                    **packed_arguments(ends, ids.shape[1]),
+                    **self._options,
                 )
+                hidden[self._n_layers] = outputs.last_hidden_state
             except _DeepEnoughError:
-                return hidden
-        hidden[len(self._layers)] = outputs.last_hidden_state[0]
-        return hidden
+                pass
+        return tuple(hidden[layer] for layer in layers)
+
+
+def _filler(n_tokens: int) -> list[int]:
+    """Ids of one more prompt, which fills a row up to one of few lengths.
+
+    oneDNN compiles its matrix products for each length of a row. That takes as long as a row of 500 tokens,
+    and the compiled products of a thousand lengths more than a gigabyte.
+    """
+    step = max(_SHORTEST_STEP, (1 << (n_tokens - 1).bit_length()) // _STEPS_PER_ROW)
+    return [0] * (-n_tokens % step)
 
 
 def open_network(model: Any, vocabulary_size: int) -> Network:
@@ -170,7 +232,7 @@ def open_network(model: Any, vocabulary_size: int) -> Network:
     replaced = prepacked_linear.prepack(model) if prepacked_linear.is_available() else []
     packed = None
     try:
-        packed = PackedNetwork(model)
+        packed = PackedNetwork(model, _examples(probes))
         drift = _drift(packed.features(probes, views), expected, len(views))
         reason = f"features differ by {drift:.2g}"
     except _MISFITS as error:
@@ -183,6 +245,16 @@ def open_network(model: Any, vocabulary_size: int) -> Network:
     prepacked_linear.restore(replaced)
     logger.warning("backbone_not_packed", extra={"model": type(model).__name__, "reason": reason})
     return padded
+
+
+def _examples(probes: Sequence[Sequence[int]]) -> list[list[list[int]]]:
+    """Rows in which attention is computed in all its ways, in other orders and lengths than the first one."""
+    long = [token for _ in range(12) for probe in probes for token in probe]
+    return [
+        [[*probes[0]], [*long[:130]]],
+        [[*long], [*probes[2]], [*probes[1]], [*long[:16]]],
+        [[*probes[1]]],
+    ]
 
 
 def _drift(found: Features, expected: Features, n_views: int) -> float:
@@ -205,34 +277,57 @@ def _layers(model: Any) -> Sequence[nn.Module]:
     raise BackboneError(f"{type(model).__name__} has no list of {n_layers} layers")
 
 
+def _changes_as_it_runs(model: Any) -> bool:
+    """Whether rotary embeddings adapt to the length of what was read last."""
+    kinds: list[Any] = []
+    for module in model.modules():
+        kind = getattr(module, "rope_type", None)
+        kinds += kind.values() if isinstance(kind, dict) else [kind]
+    return any(kind == "longrope" or "dynamic" in (kind or "") for kind in kinds)
+
+
 class _DeepEnoughError(Exception):
     """Ends a forward pass when all wanted hidden states are known. It never leaves this file."""
 
 
-@contextmanager
-def _recorded(layers: Sequence[nn.Module], wanted: set[int]) -> Iterator[dict[int, Tensor]]:
-    """Record what goes into the layers, which left the ones before; stop before the first unneeded one."""
-    hidden: dict[int, Tensor] = {}
-    deepest = max(wanted)
+class _Recorder:
+    """Records what goes into the layers, which left the ones before; each thread its own forward pass.
 
-    def recorder(number: int) -> Any:
+    Stops before the first layer that is not needed.
+    """
+
+    def __init__(self, layers: Sequence[nn.Module]) -> None:
+        self._own = threading.local()
+        self._handles = [
+            layer.register_forward_pre_hook(self._hook(number), with_kwargs=True)
+            for number, layer in enumerate(layers)
+        ]
+
+    def remove(self) -> None:
+        """Leave the layers as they were."""
+        for handle in self._handles:
+            handle.remove()
+
+    @contextmanager
+    def recording(self, wanted: set[int]) -> Iterator[dict[int, Tensor]]:
+        """The states before the wanted layers, of the forward pass that this thread does in the block."""
+        hidden: dict[int, Tensor] = {}
+        self._own.wanted, self._own.hidden = wanted, hidden
+        try:
+            yield hidden
+        finally:
+            self._own.wanted = set()
+
+    def _hook(self, number: int) -> Any:
         def record(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            hidden[number] = (args[0] if args else kwargs["hidden_states"])[0]
-            if number == deepest:
+            wanted = getattr(self._own, "wanted", ())
+            if number not in wanted:
+                return
+            self._own.hidden[number] = args[0] if args else kwargs["hidden_states"]
+            if number == max(wanted):
                 raise _DeepEnoughError
 
         return record
-
-    handles = [
-        layers[number].register_forward_pre_hook(recorder(number), with_kwargs=True)
-        for number in wanted
-        if number < len(layers)
-    ]
-    try:
-        yield hidden
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _unpadded(outputs: Any, view: View, lengths: Sequence[int]) -> list[Tensor]:

@@ -3,17 +3,21 @@
 Registered with transformers under a name of its own, so that the code of every model that takes its attention
 from there works on packed rows: what acts on one token at a time (projections, norms, activations) does not
 mind the company, and here each prompt attends to itself alone.
+
+The functions on tensors are written in the part of Python that TorchScript understands, for ``traced_model``.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from router_model.errors import BackboneError
+from router_model.traced_model import is_tracing
 
 PACKED = "persyn_packed"
 """Name of this attention in ``config._attn_implementation``."""
@@ -21,25 +25,31 @@ PACKED = "persyn_packed"
 _UNSUPPORTED = ("s_aux", "position_bias", "relative_position_bias")
 """Arguments of attention variants that are not computed here."""
 
-# Measured on CPU, see docs/experiments.md: products and a softmax written out are faster than the fused
-# kernel up to these lengths. Beyond, the scores of all heads would also take much memory.
-_WRITTEN_OUT_TOKENS = {torch.float32: 192, torch.bfloat16: 1024}
-_FUSED_TOKENS = {torch.bfloat16: 32}
-"""And below these the fused kernel is faster again: there the number of operations counts."""
+_HAS_AMX = bool(torch.cpu._is_amx_tile_supported())  # noqa: SLF001
+_WRITTEN_OUT = {torch.float32: (0, 96), torch.bfloat16: (0, 0) if _HAS_AMX else (32, 1024)}
+"""Measured on CPUs, see docs/experiments.md: products and a softmax written out are faster than the fused
+kernel above the first and up to the second number of tokens, where the scores begin to take much memory."""
+_FULL_VECTOR = 16
+"""Numbers in one register. The fused kernel takes the exponentials of what is left over one by one, which
+takes as long as all the rest; and it compiles itself anew for each length. So prompts are filled up with
+masked tokens."""
 
 
-def packed_arguments(lengths: Sequence[int]) -> dict[str, Any]:
+def row_ends(lengths: Sequence[int]) -> Tensor:
+    """Where the prompts of a row end, from 0, int64."""
+    return torch.tensor([0, *lengths]).cumsum(0)
+
+
+def packed_arguments(ends: Tensor, n_tokens: int) -> dict[str, Any]:
     """What a model's ``forward`` is to hand to the attention: where each prompt of the row ends.
 
     The names are those by which transformers passes packed rows to its flash attention.
     """
-    ends = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)
-    longest = max(lengths)
     return {
         "cu_seq_lens_q": ends,
         "cu_seq_lens_k": ends,
-        "max_length_q": longest,
-        "max_length_k": longest,
+        "max_length_q": n_tokens,
+        "max_length_k": n_tokens,
     }
 
 
@@ -75,67 +85,104 @@ def packed_attention(
     asked = [name for name in _UNSUPPORTED if others.get(name) is not None]
     if asked:
         raise BackboneError(f"packed rows do not work with attention that takes {', '.join(asked)}")
-    causal = bool(module.is_causal if is_causal is None else is_causal)
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    lengths = torch.diff(cu_seq_lens_q).tolist()
-    attended = [
-        _attend(own[0], seen[0], told[0], scale, causal=causal, window=sliding_window, softcap=softcap)
-        for own, seen, told in zip(
-            *(torch.split(states, lengths, dim=2) for states in (query, key, value)), strict=True
-        )
-    ]
-    joined = torch.cat(attended, dim=1) if len(attended) > 1 else attended[0]
-    return joined.transpose(0, 1)[None], None
+    on_cpu = query.device.type == "cpu"
+    attend = _scripted() if is_tracing() else _attend_row
+    attended = attend(
+        query,
+        key,
+        value,
+        cu_seq_lens_q,
+        float(query.shape[-1] ** -0.5 if scaling is None else scaling),
+        bool(module.is_causal if is_causal is None else is_causal),
+        sliding_window or 0,
+        softcap or 0.0,
+        *(_WRITTEN_OUT.get(query.dtype, (0, 0)) if on_cpu else (0, 0)),
+        _FULL_VECTOR if on_cpu else 1,
+    )
+    return attended, None
 
 
 AttentionInterface.register(PACKED, packed_attention)
 
 
-def _attend(
+@functools.cache
+def _scripted() -> Callable[..., Tensor]:
+    """The same as one operation of a trace, whose loop over the prompts is not unrolled."""
+    return torch.jit.script(_attend_row)
+
+
+def _attend_row(  # noqa: PLR0917, TorchScript
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    ends: Tensor,
     scale: float,
-    *,
     causal: bool,
-    window: int | None,
-    softcap: float | None,
+    window: int,
+    softcap: float,
+    fused_up_to: int,
+    written_out_up_to: int,
+    vector: int,
 ) -> Tensor:
-    """One prompt, (heads, T, width); the way of computing is chosen by its length."""
-    n_tokens = query.shape[1]
-    groups = query.shape[0] // key.shape[0]
+    """All prompts of a row. A window or softcap of 0 is none."""
+    groups = query.size(1) // key.size(1)
     if groups > 1:
-        key, value = key.repeat_interleave(groups, dim=0), value.repeat_interleave(groups, dim=0)
-    # A window that holds the whole prompt cuts nothing off.
-    masked = causal or (window is not None and window < n_tokens)
-    if softcap is None and not _is_written_out(query):
-        if window is None or window >= n_tokens:
-            return scaled_dot_product_attention(
-                query[None], key[None], value[None], scale=scale, is_causal=causal
-            )[0]
-        allowed = _visible(n_tokens, causal=causal, window=window, device=query.device)
-        return scaled_dot_product_attention(
-            query[None], key[None], value[None], scale=scale, attn_mask=allowed
-        )[0]
-    scores = torch.bmm(query * scale, key.transpose(1, 2))
-    if softcap is not None:
+        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    places: list[int] = ends.tolist()
+    attended: list[Tensor] = []
+    for start, end in zip(places[:-1], places[1:]):  # noqa: B905, RUF007, TorchScript
+        n_tokens = end - start
+        filler = [0, 0, 0, (vector - n_tokens % vector) % vector]
+        own, seen = pad(query[:, :, start:end], filler), pad(key[:, :, start:end], filler)
+        told = pad(value[:, :, start:end], filler)
+        # A window that holds the whole prompt cuts nothing off.
+        own_window = window if window < n_tokens else 0
+        if softcap > 0.0 or (fused_up_to < n_tokens <= written_out_up_to):
+            mask = _mask(own, n_tokens, causal, own_window)
+            states = _written_out(own, seen, told, mask, scale, softcap)
+        else:
+            # A causal kernel needs no mask: what follows the last token is never seen.
+            by_kernel = causal and own_window == 0
+            mask = None if by_kernel else _mask(own, n_tokens, causal, own_window)
+            states = scaled_dot_product_attention(
+                own, seen, told, attn_mask=mask, is_causal=by_kernel, scale=scale
+            )
+        attended.append(states[:, :, :n_tokens])
+    return torch.cat(attended, dim=2).transpose(1, 2)
+
+
+def _written_out(  # noqa: PLR0917, TorchScript
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, softcap: float
+) -> Tensor:
+    """One prompt, (1, heads, T, width), by products and a softmax."""
+    scores = torch.matmul(query * scale, key.transpose(2, 3))
+    if softcap > 0.0:
         scores = softcap * torch.tanh(scores / softcap)
-    if masked:
-        allowed = _visible(n_tokens, causal=causal, window=window, device=query.device)
-        scores = scores.masked_fill(~allowed, torch.finfo(scores.dtype).min)
-    return torch.bmm(scores.softmax(dim=-1), value)
+    if mask is not None:
+        scores = scores + mask
+    return torch.matmul(scores.softmax(dim=-1), value)
 
 
-def _is_written_out(query: Tensor) -> bool:
-    n_tokens = query.shape[1]
-    if query.device.type != "cpu":
-        return False
-    return _FUSED_TOKENS.get(query.dtype, 0) < n_tokens <= _WRITTEN_OUT_TOKENS.get(query.dtype, 0)
-
-
-def _visible(n_tokens: int, *, causal: bool, window: int | None, device: torch.device) -> Tensor:
-    """Which tokens (columns) each token (row) sees."""
-    place = torch.arange(n_tokens, device=device)
-    ahead = place[None, :] - place[:, None]
-    visible = ahead.abs() < (n_tokens if window is None else window)
-    return visible & (ahead <= 0) if causal else visible
+def _mask(
+    query: Tensor,
+    n_tokens: int,
+    causal: bool,
+    window: int,
+) -> Tensor | None:
+    """What is added to the scores of a prompt that is filled up to the length of ``query``."""
+    n_all = query.size(2)
+    if causal or window > 0:
+        place = torch.arange(n_all, device=query.device)
+        ahead = place[None, :] - place[:, None]
+        visible = ahead.abs() < (window if window > 0 else n_all)
+        if causal:
+            visible = visible & (ahead <= 0)
+        # Fillers see each other: a row of nothing but minus infinity would be NaN.
+        visible[:n_tokens, n_tokens:] = False
+        hidden = torch.zeros([n_all, n_all], dtype=query.dtype, device=query.device)
+        return hidden.masked_fill(~visible, float("-inf"))
+    if n_all > n_tokens:
+        mask = torch.zeros([1, 1, 1, n_all], dtype=query.dtype, device=query.device)
+        mask[:, :, :, n_tokens:] = float("-inf")
+        return mask
+    return None

@@ -5,10 +5,14 @@ oneDNN, which lays out the weights anew in each call. The operators used here ar
 compiler emits; where a build of PyTorch lacks them, layers stay as they are.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from router_model.traced_model import is_tracing
 
 _MIN_FEATURES = 16
 """Below, laying out pays nothing."""
@@ -28,15 +32,27 @@ class PrepackedLinear(nn.Module):
         super().__init__()
         self.in_features = linear.in_features
         self.out_features = linear.out_features
-        self._bias = None if linear.bias is None else linear.bias.detach()
-        self._weight: Tensor = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), None)  # noqa: SLF001
+        weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), None)  # noqa: SLF001
+        self._weight: Tensor
+        self._bias: Tensor | None
+        self.register_buffer("_weight", weight, persistent=False)
+        self.register_buffer("_bias", None if linear.bias is None else linear.bias.detach(), persistent=False)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Hidden states times the weight, plus the bias."""
-        product: Tensor = torch.ops.mkldnn._linear_pointwise(  # noqa: SLF001
-            hidden, self._weight, self._bias, "none", [], ""
-        )
-        return product
+        multiply = _scripted() if is_tracing() else _multiply
+        return multiply(hidden, self._weight, self._bias)
+
+
+def _multiply(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(hidden, weight, bias, "none", [], "")  # noqa: SLF001
+    return product
+
+
+@functools.cache
+def _scripted() -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
+    """The same as one operation of a trace, which cannot hold the operator's empty list."""
+    return torch.jit.script(_multiply)
 
 
 def prepack(model: nn.Module) -> list[tuple[nn.Module, str, nn.Linear]]:

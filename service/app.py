@@ -4,7 +4,6 @@ import asyncio
 import importlib.metadata
 import socket
 from collections.abc import AsyncIterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
@@ -181,8 +180,6 @@ async def _open(stack: AsyncExitStack, settings: Settings, project: Project, met
     registry = await stack.enter_async_context(Registry(project.teachers))
     cache = open_cache(settings)
     stack.push_async_callback(cache.aclose)
-    thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="persyn-model")
-    stack.callback(thread.shutdown)
     students = await stack.enter_async_context(
         open_students(
             project.students,
@@ -194,7 +191,6 @@ async def _open(stack: AsyncExitStack, settings: Settings, project: Project, met
                 threads=settings.threads,
                 n_tokenizer_threads=settings.tokenizer_threads,
             ),
-            thread=thread,
             observer=metrics,
         )
     )

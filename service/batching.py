@@ -1,15 +1,16 @@
-"""Many awaiting callers, one call per batch on the one model thread."""
+"""Many awaiting callers, one call per batch on the model threads."""
 
 import asyncio
+import math
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
-from concurrent.futures import Executor
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Generic, Literal, Protocol, TypeVar
 
 from service.errors import DeadlineExceededError, NotReadyError
+from service.lanes import Lane, Lanes
 
 ItemT = TypeVar("ItemT")
 OutputT = TypeVar("OutputT")
@@ -17,6 +18,9 @@ Priority = Literal["interactive", "bulk"]
 
 _BULK_TURN = 4
 """Of so many batches in a row one begins with bulk items that wait: they are slowed, never stopped."""
+_GATHER_S = 0.002
+"""A lane waits so long at most for items that are about to come, and only if another lane is working."""
+_TURNS = 3
 _LOOK_AHEAD = 64
 """Calls whose next item is too large for the room left, and that are passed over for smaller ones. Each is
 first in its queue then, and the first of the next batch is taken whatever its size."""
@@ -54,6 +58,8 @@ class _Call(Generic[ItemT, OutputT]):
     outputs: list[OutputT | Exception | None]
     finished: "asyncio.Future[None]"
     deadline_s: float | None
+    cost_left: int
+    """Of the items that are in no batch yet."""
     n_taken: int = 0
     n_done: int = 0
     work_s: float = 0.0
@@ -68,7 +74,7 @@ class _Call(Generic[ItemT, OutputT]):
     def fail_untaken(self, error: Exception) -> int:
         """Settle all items that are in no batch yet; returns how many."""
         untaken = range(self.n_taken, len(self.items))
-        self.n_taken = len(self.items)
+        self.n_taken, self.cost_left = len(self.items), 0
         for index in untaken:
             self.settle(index, error)
         return len(untaken)
@@ -91,8 +97,24 @@ class _Slot(Generic[ItemT, OutputT]):
         return not self.call.finished.done()
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Work(Generic[ItemT, OutputT]):
+    """A batch that is being worked on."""
+
+    batch: Sequence[_Slot[ItemT, OutputT]]
+    started_s: float
+    done: "asyncio.Future[Sequence[OutputT]]"
+
+    @property
+    def cost(self) -> int:
+        return sum(slot.cost for slot in self.batch)
+
+
 class Batcher(Generic[ItemT, OutputT]):
-    """Collects items while the thread is busy and hands them over together: no timer, no added latency.
+    """Collects items while the lanes are busy and hands them over together; what finds them free never waits.
+
+    Where several lanes are free, what waits is shared out among them; fewer items than lanes are worked on by
+    all cores together.
 
     A batch is bounded by the cost of its items, not by their number. Interactive items go before bulk ones,
     which get the room that is left and every fourth batch. Callers of one priority take turns item by item,
@@ -106,7 +128,9 @@ class Batcher(Generic[ItemT, OutputT]):
         work: Blocking; one output per item, in order.
         cost: What one item takes of the budget. An item above the budget goes alone.
         budget: Largest cost of one batch.
-        thread: Runs one call at a time; several batchers may share it.
+        lanes: Where work is done; several batchers may share them.
+        alone: Whether the work is never done twice at one time, and always on all cores.
+        coming: Returns when no item is about to be submitted.
     """
 
     def __init__(
@@ -115,13 +139,17 @@ class Batcher(Generic[ItemT, OutputT]):
         *,
         cost: Callable[[ItemT], int],
         budget: int,
-        thread: Executor,
+        lanes: Lanes,
         observer: BatchObserver,
+        alone: bool = False,
+        coming: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
         self._work = work
         self._cost = cost
         self._budget = budget
-        self._thread = thread
+        self._lanes = lanes
+        self._alone = alone
+        self._coming = coming
         self._observer = observer
         self._waiting: dict[Priority, deque[_Call[ItemT, OutputT]]] = {
             "interactive": deque(),
@@ -130,17 +158,16 @@ class Batcher(Generic[ItemT, OutputT]):
         self._arrived = asyncio.Event()
         self._closing = False
         self._n_batches = 0
-        self._busy_since_s: float | None = None
+        self._begun: set[_Work[ItemT, OutputT]] = set()
         self.running = False
         self.n_failures_in_row = 0
         """Batches that raised since the last one that did not."""
 
     @property
     def busy_s(self) -> float:
-        """For how long the batch that is being worked on has been so; 0 if none is."""
-        if self._busy_since_s is None:
-            return 0.0
-        return perf_counter() - self._busy_since_s
+        """For how long the oldest batch that is being worked on has been so; 0 if none is."""
+        now_s = perf_counter()
+        return max((now_s - work.started_s for work in self._begun), default=0.0)
 
     async def submit(
         self,
@@ -164,7 +191,10 @@ class Batcher(Generic[ItemT, OutputT]):
             return Batched([], 0.0, 0.0)
         loop = asyncio.get_running_loop()
         started_s = perf_counter()
-        call: _Call[ItemT, OutputT] = _Call(items, [None] * len(items), loop.create_future(), deadline_s)
+        cost = sum(map(self._cost, items))
+        call: _Call[ItemT, OutputT] = _Call(
+            items, [None] * len(items), loop.create_future(), deadline_s, cost
+        )
         self._waiting[priority].append(call)
         self._arrived.set()
         # Cancelling the caller cancels the future, and that is how its items are dropped.
@@ -176,11 +206,12 @@ class Batcher(Generic[ItemT, OutputT]):
         """Serve until ``close`` and until nothing is left to do."""
         self.running = True
         try:
-            while not (self._closing and not self._has_waiting()):
-                await self._arrived.wait()
-                batch = self._take_batch()
-                if batch:
-                    await self._serve(batch)
+            async with asyncio.TaskGroup() as group:
+                while not (self._closing and not self._has_waiting()):
+                    await self._arrived.wait()
+                    lane = await self._lanes.take(self, alone=self._alone)
+                    await self._gather()
+                    group.create_task(self._use(lane, self._take_batch(self._room(lane))))
         finally:
             self.running = False
             self._refuse_waiting()
@@ -200,14 +231,33 @@ class Batcher(Generic[ItemT, OutputT]):
                 call.fail_untaken(NotReadyError("the service is shutting down"))
             queue.clear()
 
-    def _take_batch(self) -> list[_Slot[ItemT, OutputT]]:
-        """The next items within the budget, one of each waiting call in turn."""
+    async def _gather(self) -> None:
+        """Beside a lane that works, wait for what is about to come: another small batch would cost more."""
+        if self._coming is None or self._lanes.n_free == self._lanes.n_lanes - 1:
+            return
+        # Those who were just answered may have sent more: it is read in the next turns of the event loop.
+        for _ in range(_TURNS):
+            await asyncio.sleep(0)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_GATHER_S):
+                await self._coming()
+
+    def _room(self, lane: Lane) -> int:
+        """This lane's share of what waits. Fewer items than lanes are worked on by all cores together."""
+        calls = [call for queue in self._waiting.values() for call in queue]
+        n_items = sum(len(call.items) - call.n_taken for call in calls)
+        if n_items < self._lanes.n_lanes and self._lanes.widen(lane):
+            return self._budget
+        cost = sum(call.cost_left for call in calls)
+        return min(self._budget, max(1, math.ceil(cost / (self._lanes.n_free + 1))))
+
+    def _take_batch(self, room: int) -> list[_Slot[ItemT, OutputT]]:
+        """The next items within the room, one of each waiting call in turn."""
         self._n_batches += 1
         order: tuple[Priority, Priority] = ("interactive", "bulk")
         if self._n_batches % _BULK_TURN == 0:
             order = ("bulk", "interactive")
         batch: list[_Slot[ItemT, OutputT]] = []
-        room = self._budget
         for priority in order:
             room = self._fill(batch, self._waiting[priority], room)
         if not self._has_waiting() and not self._closing:
@@ -236,47 +286,82 @@ class Batcher(Generic[ItemT, OutputT]):
             batch.append(_Slot(call, call.n_taken, cost))
             room -= cost
             call.n_taken += 1
+            call.cost_left -= cost
             if call.n_taken < len(call.items):
                 waiting.append(call)
         waiting.extendleft(reversed(passed_over))
         return room
 
-    async def _serve(self, batch: Sequence[_Slot[ItemT, OutputT]]) -> None:
-        outputs = await self._call_thread(batch)
-        if isinstance(outputs, Exception) and len(batch) > 1:
-            middle = len(batch) // 2
-            for half in (batch[:middle], batch[middle:]):
-                wanted = [slot for slot in half if slot.wanted]
-                if wanted:
-                    await self._serve(wanted)
-        elif isinstance(outputs, Exception):
-            batch[0].call.settle(batch[0].index, outputs)
-        else:
-            for slot, output in zip(batch, outputs, strict=True):
-                slot.call.settle(slot.index, output)
+    async def _use(self, lane: Lane, batch: Sequence[_Slot[ItemT, OutputT]]) -> None:
+        """Work on a batch and on those that follow it, then give the lane back."""
+        try:
+            work = self._begin(lane, batch) if batch else None
+            while work is not None:
+                outputs = await self._end(work)
+                # Begun before the answers of the last one are written: the lane need not wait for that.
+                following = self._following(lane, work)
+                if isinstance(outputs, Exception):
+                    await self._halve(lane, work.batch, outputs)
+                else:
+                    _settle(work.batch, outputs)
+                work = following
+        finally:
+            self._lanes.release(lane)
 
-    async def _call_thread(self, batch: Sequence[_Slot[ItemT, OutputT]]) -> Sequence[OutputT] | Exception:
+    def _following(self, lane: Lane, last: "_Work[ItemT, OutputT]") -> "_Work[ItemT, OutputT] | None":
+        """The next batch of this lane if enough waits for it; with less, it is better to see what comes."""
+        waiting = sum(call.cost_left for queue in self._waiting.values() for call in queue)
+        on_all_cores = len(lane.numbers) > 1 and not self._alone
+        if 2 * waiting < last.cost or on_all_cores or self._lanes.wanted_by_others(self):
+            return None
+        batch = self._take_batch(self._room(lane))
+        return self._begin(lane, batch) if batch else None
+
+    def _begin(self, lane: Lane, batch: Sequence[_Slot[ItemT, OutputT]]) -> "_Work[ItemT, OutputT]":
+        done = self._lanes.run(lane, self._work, [slot.item for slot in batch])
+        work = _Work(batch, perf_counter(), done)
+        self._begun.add(work)
+        return work
+
+    async def _end(self, work: "_Work[ItemT, OutputT]") -> Sequence[OutputT] | Exception:
         """The outputs of a batch, or whatever its work raised: the loop outlives every failure."""
-        loop = asyncio.get_running_loop()
-        items = [slot.item for slot in batch]
-        self._busy_since_s = started_s = perf_counter()
-        working = loop.run_in_executor(self._thread, self._work, items)
-        await asyncio.wait([working])
-        self._busy_since_s = None
-        duration_s = perf_counter() - started_s
-        for call in {id(slot.call): slot.call for slot in batch}.values():
+        await asyncio.wait([work.done])
+        self._begun.discard(work)
+        duration_s = perf_counter() - work.started_s
+        for call in {id(slot.call): slot.call for slot in work.batch}.values():
             call.work_s += duration_s
-        failure = working.exception()
-        if failure is None and len(working.result()) != len(items):
-            failure = RuntimeError(f"{len(working.result())} outputs for {len(items)} items")
+        failure = work.done.exception()
+        if failure is None and len(work.done.result()) != len(work.batch):
+            failure = RuntimeError(f"{len(work.done.result())} outputs for {len(work.batch)} items")
         if failure is not None:
             self.n_failures_in_row += 1
             self._observer.batch_failed()
             # What is no Exception (a SystemExit in the work) must not end the loop either.
             return failure if isinstance(failure, Exception) else RuntimeError(repr(failure))
         self.n_failures_in_row = 0
-        self._observer.batch_done(len(items), sum(slot.cost for slot in batch), duration_s)
-        return working.result()
+        self._observer.batch_done(len(work.batch), work.cost, duration_s)
+        return work.done.result()
+
+    async def _halve(self, lane: Lane, batch: Sequence[_Slot[ItemT, OutputT]], failure: Exception) -> None:
+        """Try the halves of a failed batch, down to the guilty item."""
+        if len(batch) == 1:
+            batch[0].call.settle(batch[0].index, failure)
+            return
+        middle = len(batch) // 2
+        for half in (batch[:middle], batch[middle:]):
+            wanted = [slot for slot in half if slot.wanted]
+            if not wanted:
+                continue
+            outputs = await self._end(self._begin(lane, wanted))
+            if isinstance(outputs, Exception):
+                await self._halve(lane, wanted, outputs)
+            else:
+                _settle(wanted, outputs)
+
+
+def _settle(batch: Sequence[_Slot[ItemT, OutputT]], outputs: Sequence[OutputT]) -> None:
+    for slot, output in zip(batch, outputs, strict=True):
+        slot.call.settle(slot.index, output)
 
 
 @asynccontextmanager

@@ -3,7 +3,7 @@
 import asyncio
 import functools
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ from router_model.joint_inference import Job, ScoredPrompt, answer_jobs
 from router_model.network import Precision
 from router_model.tokenization import PromptEncoding
 from service.batching import Batcher, BatchObserver
+from service.lanes import Lanes
 from service.tokenizing import TokenizerPool
 
 logger = structlog.get_logger(__name__)
@@ -102,7 +103,7 @@ class RouterLoader:
 
     Args:
         teacher_ids: The teachers of the project.
-        thread: The model thread: one worker.
+        lanes: Where models run.
         group: Runs the batches of each backbone.
     """
 
@@ -111,28 +112,22 @@ class RouterLoader:
         teacher_ids: Sequence[str],
         options: ServingOptions,
         *,
-        thread: Executor,
+        lanes: Lanes,
         group: asyncio.TaskGroup,
         observer: BatchObserver,
     ) -> None:
         self._teacher_ids = teacher_ids
         self._options = options
-        self._thread = thread
+        self._lanes = lanes
         self._group = group
         self._observer = observer
-        self._n_threads = options.threads or torch.get_num_threads()
         self._loading = ThreadPoolExecutor(
-            1, thread_name_prefix="persyn-loader", initializer=_use_cores, initargs=(1,)
+            1, thread_name_prefix="persyn-loader", initializer=use_cores, initargs=(1,)
         )
 
     def close(self) -> None:
         """Load nothing more."""
         self._loading.shutdown(wait=False, cancel_futures=True)
-
-    async def prepare_thread(self) -> None:
-        """Set how many cores the model thread uses: torch keeps that per thread."""
-        loop = asyncio.get_running_loop()
-        await loop.run_in_executor(self._thread, _use_cores, self._n_threads)
 
     async def load(
         self, spec: StudentSpec, loaded: dict[BackboneKey, ServedBackbone]
@@ -189,14 +184,16 @@ class RouterLoader:
         return BackboneKey(facts.fingerprint, facts.frame, facts.max_tokens, facts.weights_sha256, precision)
 
     def _serve(self, backbone: Backbone) -> ServedBackbone:
+        tokenizer = TokenizerPool(backbone.tokenizer, n_threads=self._options.n_tokenizer_threads)
         batcher: Batcher[Job, ScoredPrompt] = Batcher(
             functools.partial(answer_jobs, backbone),
             cost=_n_tokens,
             budget=self._options.batch_tokens,
-            thread=self._thread,
+            lanes=self._lanes,
+            alone=not backbone.network.concurrent,
             observer=self._observer,
+            coming=tokenizer.quiet,
         )
-        tokenizer = TokenizerPool(backbone.tokenizer, n_threads=self._options.n_tokenizer_threads)
         self._group.create_task(batcher.run())
         return ServedBackbone(backbone, tokenizer, batcher)
 
@@ -213,11 +210,18 @@ class RouterLoader:
             logger.warning("teachers_not_routable", student=spec.id, teachers=unroutable)
 
 
-def _use_cores(n_cores: int) -> None:
+def open_lanes(options: ServingOptions) -> Lanes:
+    """The threads on which models run: one for each core, or one alone beside a GPU."""
+    n_cores = options.threads or torch.get_num_threads()
+    n_lanes = n_cores if torch.device(options.device).type == "cpu" else 1
+    return Lanes(n_cores, n_lanes, use_cores=use_cores)
+
+
+def use_cores(n_cores: int) -> None:
     """Let torch use so many cores on this thread, whatever another thread sets later."""
-    torch.set_num_threads(n_cores)
     # A thread takes over the number set last, by whichever thread, the first time that it asks for it.
     torch.get_num_threads()
+    torch.set_num_threads(n_cores)
 
 
 async def _warm_up(router: Router, served: ServedBackbone) -> None:

@@ -2,8 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator, Sequence
-from concurrent.futures import Executor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from difflib import get_close_matches
@@ -19,7 +18,8 @@ from router_model.inference import Router
 from router_model.joint_inference import Job, ScoredPrompt
 from service.batching import BatchObserver, Priority
 from service.errors import ReloadFailedError, UnknownStudentError
-from service.loading import BackboneKey, RouterLoader, ServedBackbone, ServingOptions
+from service.lanes import Lanes
+from service.loading import BackboneKey, RouterLoader, ServedBackbone, ServingOptions, open_lanes
 
 logger = structlog.get_logger(__name__)
 
@@ -185,14 +185,12 @@ async def open_students(
     teacher_ids: Sequence[str],
     options: ServingOptions,
     *,
-    thread: Executor,
     observer: BatchObserver,
 ) -> AsyncIterator[Students]:
     """Load every student, do a forward pass of each, and serve while the block runs.
 
     Args:
         teacher_ids: The teachers of the project.
-        thread: The model thread: one worker.
 
     Raises:
         ConfigurationError: No student, or a router that was trained with teachers the project lacks.
@@ -203,8 +201,8 @@ async def open_students(
         raise ConfigurationError("the project file defines no student; serve needs at least one")
     # Heads are small products. Spread over cores, numpy's threads and torch's wait for each other: with two
     # cores that takes more time than the backbone.
-    with threadpool_limits(limits=1, user_api="blas"):
-        async with _serving(specs, teacher_ids, options, thread=thread, observer=observer) as students:
+    with threadpool_limits(limits=1, user_api="blas"), closing(open_lanes(options)) as lanes:
+        async with _serving(specs, teacher_ids, options, lanes=lanes, observer=observer) as students:
             yield students
 
 
@@ -214,14 +212,13 @@ async def _serving(
     teacher_ids: Sequence[str],
     options: ServingOptions,
     *,
-    thread: Executor,
+    lanes: Lanes,
     observer: BatchObserver,
 ) -> AsyncIterator[Students]:
     """Students that are loaded, and the task group that runs their batches."""
     failure: PersynError | None = None
     async with asyncio.TaskGroup() as group:
-        loader = RouterLoader(teacher_ids, options, thread=thread, group=group, observer=observer)
-        await loader.prepare_thread()
+        loader = RouterLoader(teacher_ids, options, lanes=lanes, group=group, observer=observer)
         students = Students(loader)
         try:
             for spec in specs:

@@ -3,8 +3,7 @@
 import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 
 import pytest
 from hypothesis import given, settings
@@ -12,6 +11,7 @@ from hypothesis import strategies as st
 
 from service.batching import Batcher, running
 from service.errors import DeadlineExceededError, NotReadyError
+from service.lanes import Lanes
 
 
 class Counts:
@@ -63,15 +63,19 @@ class Model:
 
 @asynccontextmanager
 async def batching(
-    work: Callable[[Sequence[int]], Sequence[int]], *, budget: int = 100, observer: Counts | None = None
+    work: Callable[[Sequence[int]], Sequence[int]],
+    *,
+    budget: int = 100,
+    observer: Counts | None = None,
+    n_lanes: int = 1,
 ) -> AsyncIterator[Batcher[int, int]]:
     """A running batcher in which each item costs its absolute value, at least 1."""
-    with ThreadPoolExecutor(max_workers=1) as thread:
+    with closing(Lanes(n_lanes, n_lanes, use_cores=lambda _: None)) as lanes:
         batcher: Batcher[int, int] = Batcher(
             work,
             cost=lambda item: max(1, abs(item)),
             budget=budget,
-            thread=thread,
+            lanes=lanes,
             observer=observer or Counts(),
         )
         async with running(batcher):
@@ -293,10 +297,8 @@ async def test_closing_answers_what_was_admitted_and_refuses_the_rest() -> None:
 
 async def test_a_batcher_that_does_not_run_refuses() -> None:
     """A call to a batcher without its loop would wait for ever, so it is refused."""
-    with ThreadPoolExecutor(max_workers=1) as thread:
-        idle: Batcher[int, int] = Batcher(
-            Model(), cost=lambda _: 1, budget=1, thread=thread, observer=Counts()
-        )
+    with closing(Lanes(1, 1, use_cores=lambda _: None)) as lanes:
+        idle: Batcher[int, int] = Batcher(Model(), cost=lambda _: 1, budget=1, lanes=lanes, observer=Counts())
         with pytest.raises(NotReadyError):
             await idle.submit([1])
 
@@ -323,3 +325,47 @@ def test_every_item_gets_its_own_output(calls: list[list[int]], budget: int) -> 
             assert len(batch) == 1 or sum(max(1, abs(item)) for item in batch) <= budget
 
     asyncio.run(scenario())
+
+
+async def test_free_lanes_share_what_waits() -> None:
+    """What comes at one time is halved between two free lanes, not taken by the first one."""
+    model = Model()
+    async with batching(model, n_lanes=2) as batcher:
+        await asyncio.gather(*(batcher.submit([2]) for _ in range(20)))
+    assert sorted(map(len, model.batches)) == [10, 10]
+    assert len(model.threads) == 2
+
+
+async def test_a_single_item_has_all_lanes() -> None:
+    """Fewer items than lanes: one batch on all cores, and no other beside it."""
+    model = Model(held=True)
+    async with asyncio.TaskGroup() as group, batching(model, n_lanes=3) as batcher:
+        group.create_task(batcher.submit([1, 2]))
+        await model.until_busy()
+        other = group.create_task(batcher.submit([3]))
+        await asyncio.sleep(0.05)
+        assert model.batches == [[1, 2]]
+        model.release()
+        assert (await other).outputs == [6]
+
+
+async def test_small_batches_wait_for_what_is_about_to_come() -> None:
+    """Beside a lane that works: at the end of the wait all of it goes together."""
+    model = Model(held=True)
+    quiet = asyncio.Event()
+    with closing(Lanes(2, 2, use_cores=lambda _: None)) as lanes:
+        batcher: Batcher[int, int] = Batcher(
+            model, cost=lambda _: 1, budget=9, lanes=lanes, observer=Counts(), coming=quiet.wait
+        )
+        async with asyncio.TaskGroup() as group, running(batcher):
+            group.create_task(batcher.submit([1, 1]))
+            await model.until_busy()
+            while lanes.n_free or batcher.busy_s == 0:
+                group.create_task(batcher.submit([1]))
+                await asyncio.sleep(0)
+            coming = [group.create_task(batcher.submit([5])) for _ in range(4)]
+            quiet.set()
+            model.release()
+            await asyncio.gather(*coming)
+    assert sum(batch.count(5) for batch in model.batches) == 4
+    assert max(batch.count(5) for batch in model.batches) >= 2

@@ -125,7 +125,7 @@ def loader_for(teacher_ids: list[str]) -> Any:
     """A real loader of which only the check of teachers is used."""
     nothing: Any = None
     options = ServingOptions("fp32", "cpu", batch_tokens=2048, threads=1, n_tokenizer_threads=1)
-    return RouterLoader(teacher_ids, options, thread=nothing, group=nothing, observer=nothing)
+    return RouterLoader(teacher_ids, options, lanes=nothing, group=nothing, observer=nothing)
 
 
 def test_teachers_that_the_project_lacks_are_refused() -> None:
