@@ -3,7 +3,7 @@
 import ctypes
 import platform
 
-_TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 """Parameters of glibc's ``mallopt``."""
 _LARGEST_BLOCK = 32 * 2**20
 """The most that glibc takes: larger ones go back to the system when they are freed."""
@@ -19,5 +19,5 @@ def keep_freed_memory() -> bool:
     if platform.libc_ver()[0] != "glibc":
         return False
     libc = ctypes.CDLL(None)
-    settings = {_MMAP_THRESHOLD: _LARGEST_BLOCK, _TRIM_THRESHOLD: _KEPT_BYTES, _ARENA_MAX: 1}
+    settings = {_MMAP_THRESHOLD: _LARGEST_BLOCK, _TRIM_THRESHOLD: _KEPT_BYTES}
     return bool(min(libc.mallopt(parameter, value) for parameter, value in settings.items()))

@@ -17,7 +17,7 @@ OutputT = TypeVar("OutputT")
 Priority = Literal["interactive", "bulk"]
 
 _BULK_TURN = 4
-"""Of so many batches in a row one begins with bulk items that wait: they are slowed, never stopped."""
+"""Of so many batches that both could fill one begins with bulk items: they are slowed, never stopped."""
 _GATHER_S = 0.002
 """A lane waits so long at most for items that are about to come, and only if another lane is working."""
 _TURNS = 3
@@ -117,7 +117,7 @@ class Batcher(Generic[ItemT, OutputT]):
     all cores together.
 
     A batch is bounded by the cost of its items, not by their number. Interactive items go before bulk ones,
-    which get the room that is left and every fourth batch. Callers of one priority take turns item by item,
+    which get the room that is left and one of four batches that both could fill. Callers of one priority take turns item by item,
     so that one call of ten thousand does not hold up a call of one. An item whose caller has left or whose
     deadline has passed is dropped before the work. A failed batch is halved until the guilty item is alone.
 
@@ -157,7 +157,7 @@ class Batcher(Generic[ItemT, OutputT]):
         }
         self._arrived = asyncio.Event()
         self._closing = False
-        self._n_batches = 0
+        self._n_contested = 0
         self._begun: set[_Work[ItemT, OutputT]] = set()
         self.running = False
         self.n_failures_in_row = 0
@@ -168,6 +168,11 @@ class Batcher(Generic[ItemT, OutputT]):
         """For how long the oldest batch that is being worked on has been so; 0 if none is."""
         now_s = perf_counter()
         return max((now_s - work.started_s for work in self._begun), default=0.0)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no item waits for a lane."""
+        return not self._has_waiting()
 
     async def submit(
         self,
@@ -253,10 +258,11 @@ class Batcher(Generic[ItemT, OutputT]):
 
     def _take_batch(self, room: int) -> list[_Slot[ItemT, OutputT]]:
         """The next items within the room, one of each waiting call in turn."""
-        self._n_batches += 1
         order: tuple[Priority, Priority] = ("interactive", "bulk")
-        if self._n_batches % _BULK_TURN == 0:
-            order = ("bulk", "interactive")
+        if all(self._waiting.values()):
+            self._n_contested += 1
+            if self._n_contested % _BULK_TURN == 0:
+                order = ("bulk", "interactive")
         batch: list[_Slot[ItemT, OutputT]] = []
         for priority in order:
             room = self._fill(batch, self._waiting[priority], room)

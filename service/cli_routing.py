@@ -191,9 +191,11 @@ def serve(
 
     Every other setting of the process is an environment variable PERSYN_*, listed below.
     """
+    from service.settings import load_settings, prepare_runtime
+
+    prepare_runtime()
     from router_model.pipeline.config import load_project
     from service.server import serve_project
-    from service.settings import load_settings
 
     project = load_project(config)
     settings = load_settings(known=project.key_variables(), host=host, port=port)

@@ -17,9 +17,10 @@ from router_model.backbone import Backbone
 from router_model.checkpoint import Manifest, read_checkpoint
 from router_model.engine_gate import Engine, choose_precision
 from router_model.inference import Router
-from router_model.joint_inference import Job, ScoredPrompt, answer_jobs
+from router_model.joint_inference import Job, ScoredPrompt
 from router_model.network import Precision
 from router_model.tokenization import PromptEncoding
+from service.backbone_work import BackboneWork, TextJob, n_tokens
 from service.batching import Batcher, BatchObserver
 from service.lanes import Lanes
 from service.tokenizing import TokenizerPool
@@ -61,13 +62,20 @@ class ServedBackbone:
         self,
         backbone: Backbone,
         tokenizer: TokenizerPool[PromptEncoding],
-        batcher: Batcher[Job, ScoredPrompt],
+        batcher: Batcher[Job | TextJob, ScoredPrompt],
+        lanes: Lanes,
     ) -> None:
+        self._lanes = lanes
         self.backbone = backbone
         self.tokenizer = tokenizer
         self.batcher = batcher
         self._n_users = 0
         self._retired = False
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is done and nothing waits."""
+        return self.tokenizer.is_quiet and self.batcher.is_empty and self._lanes.n_free == self._lanes.n_lanes
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
@@ -185,9 +193,9 @@ class RouterLoader:
 
     def _serve(self, backbone: Backbone) -> ServedBackbone:
         tokenizer = TokenizerPool(backbone.tokenizer, n_threads=self._options.n_tokenizer_threads)
-        batcher: Batcher[Job, ScoredPrompt] = Batcher(
-            functools.partial(answer_jobs, backbone),
-            cost=_n_tokens,
+        batcher: Batcher[Job | TextJob, ScoredPrompt] = Batcher(
+            BackboneWork(backbone),
+            cost=n_tokens,
             budget=self._options.batch_tokens,
             lanes=self._lanes,
             alone=not backbone.network.concurrent,
@@ -195,7 +203,7 @@ class RouterLoader:
             coming=tokenizer.quiet,
         )
         self._group.create_task(batcher.run())
-        return ServedBackbone(backbone, tokenizer, batcher)
+        return ServedBackbone(backbone, tokenizer, batcher, self._lanes)
 
     def _require_known_teachers(self, spec: StudentSpec, manifest: Manifest) -> None:
         missing = manifest.teachers_beyond(self._teacher_ids)
@@ -230,11 +238,9 @@ async def _warm_up(router: Router, served: ServedBackbone) -> None:
     await asyncio.sleep(0)
     with served.in_use():
         prompts = await served.tokenizer.encode(_WARM_UP_TEXTS)
-        batched = await served.batcher.submit([Job(router, prompt) for prompt in prompts])
-    for output in batched.outputs:
-        if isinstance(output, Exception):
-            raise output
-
-
-def _n_tokens(job: Job) -> int:
-    return max(1, len(job.prompt.ids))
+        jobs = [Job(router, prompt) for prompt in prompts]
+        # On all cores, then on the first lanes side by side.
+        for some in (jobs[:1], jobs):
+            for output in (await served.batcher.submit(some)).outputs:
+                if isinstance(output, Exception):
+                    raise output

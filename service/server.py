@@ -1,6 +1,5 @@
 """``persyn serve``: one process that listens, serves, and drains on SIGTERM."""
 
-import os
 import signal
 import socket
 from contextlib import suppress
@@ -22,8 +21,6 @@ def serve_project(settings: Settings, project: Project) -> None:
         PersynError: A checkpoint, a backbone or the cache cannot be opened.
         SystemExit: Code 1; the start failed for another reason, which the log tells.
     """
-    # Prompts are tokenised on threads of our own; more below them would only wait for the cores.
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # noqa: TID251, written, not read
     listener = _listen(settings)
     app = create_app(settings, project)
     server = Server(app, settings)

@@ -158,6 +158,18 @@ def _reason(loc: tuple[int | str, ...], message: str, flags: Mapping[str, Any]) 
     return f"{'--' + name.replace('_', '-') if name in flags else PREFIX + name.upper()}: {text}"
 
 
+def prepare_runtime() -> None:
+    """What libraries read when they are loaded: call it before torch is imported.
+
+    What is set already stays.
+    """
+    # Prompts are tokenised on threads of our own; more below them would only wait for the cores.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # For how long a helper of GNU OpenMP turns around for its next operation before it sleeps: by default a
+    # millisecond after each batch, on a core that the event loop needs then.
+    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+
+
 def _refuse_misspelt(environment: Iterable[str], known: Iterable[str]) -> None:
     valid = [PREFIX + name.upper() for name in Settings.model_fields]
     accepted = {*valid, *known}

@@ -16,6 +16,7 @@ from clients.types import StudentSpec
 from router_model.checkpoint import Manifest
 from router_model.inference import Router
 from router_model.joint_inference import Job, ScoredPrompt
+from service.backbone_work import LONGEST_TEXT, TextJob
 from service.batching import BatchObserver, Priority
 from service.errors import ReloadFailedError, UnknownStudentError
 from service.lanes import Lanes
@@ -75,13 +76,20 @@ class Student:
         Args:
             deadline_s: Absolute event-loop time after which no prompt is begun.
         """
-        started_s = perf_counter()
         with self.served.in_use():
+            if len(texts) == 1 and len(texts[0]) <= LONGEST_TEXT and self.served.idle:
+                return await self._score_alone(texts[0], priority, deadline_s)
+            started_s = perf_counter()
             prompts = await self.served.tokenizer.encode(texts, priority=priority)
             tokenised_s = perf_counter()
             jobs = [Job(self.router, prompt) for prompt in prompts]
             batched = await self.served.batcher.submit(jobs, priority=priority, deadline_s=deadline_s)
         return Scored(batched.outputs, tokenised_s - started_s, batched.queue_s, batched.work_s)
+
+    async def _score_alone(self, text: str, priority: Priority, deadline_s: float | None) -> Scored:
+        job = TextJob(self.router, text)
+        batched = await self.served.batcher.submit([job], priority=priority, deadline_s=deadline_s)
+        return Scored(batched.outputs, job.tokenise_s, batched.queue_s, batched.work_s - job.tokenise_s)
 
 
 @dataclass(frozen=True, slots=True)

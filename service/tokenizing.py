@@ -78,6 +78,11 @@ class TokenizerPool(Generic[EncodingT_co]):
             encodings += await piece.encoded
         return encodings
 
+    @property
+    def is_quiet(self) -> bool:
+        """Whether no text is waiting or under way."""
+        return self._quiet.is_set()
+
     async def quiet(self) -> None:
         """Wait until no text is waiting or under way."""
         await self._quiet.wait()

@@ -11,7 +11,7 @@ from typing import Any, Self
 import httpx
 import pytest
 
-from service import loading
+from service import backbone_work
 from service.settings import Settings
 from tests.integration.serving import Served, project_of, serving
 
@@ -32,7 +32,7 @@ class ScriptedModel:
         """Batches wait for it."""
         self.gate.set()
         self._outputs: list[Any] = []
-        self._answer_jobs = loading.answer_jobs
+        self._answer_jobs = backbone_work.answer_jobs
 
     def answer_jobs(self, backbone: Any, jobs: Sequence[Any]) -> Sequence[Any]:
         """See ``router_model.joint_inference.answer_jobs``."""
@@ -52,7 +52,7 @@ def scripted_service(
     model = ScriptedModel()
     plain = {"port": 0, "cache_path": tmp_path / "c.sqlite", "threads": 1, "decision_cache_mb": 0}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loading, "answer_jobs", model.answer_jobs)
+        patch.setattr(backbone_work, "answer_jobs", model.answer_jobs)
         with serving(
             Settings(**{**plain, **settings}),
             project_of(checkpoint, "http://127.0.0.1:9"),

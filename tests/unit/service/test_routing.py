@@ -57,6 +57,7 @@ class ScriptedBatcher:
     """
 
     running = True
+    idle = False
 
     def __init__(self) -> None:
         self.strengths: dict[str, Sequence[float] | Mapping[float | None, Sequence[float]]] = {}

@@ -43,7 +43,7 @@ class ScriptedLoader:
         checkpoint_id, key = found
         served = loaded.get(key)
         if served is None:
-            parts: Any = (SimpleNamespace(), Closing(), Closing())
+            parts: Any = (SimpleNamespace(), Closing(), Closing(), SimpleNamespace())
             served = ServedBackbone(*parts)
             self.made.append(served)
         router = SimpleNamespace(manifest=SimpleNamespace(checkpoint_id=checkpoint_id, teachers=()))
