@@ -117,8 +117,8 @@ class Batcher(Generic[ItemT, OutputT]):
     all cores together.
 
     A batch is bounded by the cost of its items, not by their number. Interactive items go before bulk ones,
-    which get the room that is left and one of four batches that both could fill. Callers of one priority take turns item by item,
-    so that one call of ten thousand does not hold up a call of one. An item whose caller has left or whose
+    which get the room that is left and one of four batches that both could fill. Callers of one priority take
+    turns item by item, so that one call of ten thousand does not hold up a call of one. An item whose caller has left or whose
     deadline has passed is dropped before the work. A failed batch is halved until the guilty item is alone.
 
     Items are not sorted by length: the engine packs rows, so neighbours of other lengths cost nothing; an

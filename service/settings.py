@@ -165,9 +165,6 @@ def prepare_runtime() -> None:
     """
     # Prompts are tokenised on threads of our own; more below them would only wait for the cores.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # For how long a helper of GNU OpenMP turns around for its next operation before it sleeps: by default a
-    # millisecond after each batch, on a core that the event loop needs then.
-    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 
 def _refuse_misspelt(environment: Iterable[str], known: Iterable[str]) -> None:
