@@ -1,39 +1,30 @@
-"""Many awaiting callers, one call per batch on the model threads."""
+"""Many awaiting callers, one call per batch on a lane."""
 
 import asyncio
 import math
-from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from time import perf_counter
-from typing import Generic, Literal, Protocol, TypeVar
+from typing import Generic, Protocol
 
-from service.errors import DeadlineExceededError, NotReadyError
+from service.batch_queue import BatchQueue, ItemT, OutputT, Priority, Slot
+from service.errors import NotReadyError
 from service.lanes import Lane, Lanes
 
-ItemT = TypeVar("ItemT")
-OutputT = TypeVar("OutputT")
-Priority = Literal["interactive", "bulk"]
-
-_BULK_TURN = 4
-"""Of so many batches that both could fill one begins with bulk items: they are slowed, never stopped."""
 _GATHER_S = 0.002
 """A lane waits so long at most for items that are about to come, and only if another lane is working."""
 _TURNS = 3
-_LOOK_AHEAD = 64
-"""Calls whose next item is too large for the room left, and that are passed over for smaller ones. Each is
-first in its queue then, and the first of the next batch is taken whatever its size."""
 
 
 class BatchObserver(Protocol):
     """Told of each batch; the service counts them."""
 
     def batch_done(self, n_items: int, n_tokens: int, duration_s: float) -> None:
-        """One call on the model thread succeeded; ``n_tokens`` is what its items cost."""
+        """One batch succeeded; ``n_tokens`` is what its items cost."""
 
     def batch_failed(self) -> None:
-        """One call on the model thread raised; its halves are tried, down to the guilty item."""
+        """One batch raised; its halves are tried, down to the guilty item."""
 
     def items_dropped(self, n_items: int) -> None:
         """Items were dropped before the work: their caller had left, or its deadline had passed."""
@@ -50,58 +41,11 @@ class Batched(Generic[OutputT]):
     """Duration of the batches that held its items."""
 
 
-@dataclass(slots=True, eq=False)
-class _Call(Generic[ItemT, OutputT]):
-    """What one caller waits for."""
-
-    items: Sequence[ItemT]
-    outputs: list[OutputT | Exception | None]
-    finished: "asyncio.Future[None]"
-    deadline_s: float | None
-    cost_left: int
-    """Of the items that are in no batch yet."""
-    n_taken: int = 0
-    n_done: int = 0
-    work_s: float = 0.0
-
-    def settle(self, index: int, output: OutputT | Exception) -> None:
-        if self.outputs[index] is None:
-            self.n_done += 1
-        self.outputs[index] = output
-        if self.n_done == len(self.items) and not self.finished.done():
-            self.finished.set_result(None)
-
-    def fail_untaken(self, error: Exception) -> int:
-        """Settle all items that are in no batch yet; returns how many."""
-        untaken = range(self.n_taken, len(self.items))
-        self.n_taken, self.cost_left = len(self.items), 0
-        for index in untaken:
-            self.settle(index, error)
-        return len(untaken)
-
-
-@dataclass(frozen=True, slots=True)
-class _Slot(Generic[ItemT, OutputT]):
-    """One item of one call, taken into a batch."""
-
-    call: _Call[ItemT, OutputT]
-    index: int
-    cost: int
-
-    @property
-    def item(self) -> ItemT:
-        return self.call.items[self.index]
-
-    @property
-    def wanted(self) -> bool:
-        return not self.call.finished.done()
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class _Work(Generic[ItemT, OutputT]):
     """A batch that is being worked on."""
 
-    batch: Sequence[_Slot[ItemT, OutputT]]
+    batch: Sequence[Slot[ItemT, OutputT]]
     started_s: float
     done: "asyncio.Future[Sequence[OutputT]]"
 
@@ -116,13 +60,8 @@ class Batcher(Generic[ItemT, OutputT]):
     Where several lanes are free, what waits is shared out among them; fewer items than lanes are worked on by
     all cores together.
 
-    A batch is bounded by the cost of its items, not by their number. Interactive items go before bulk ones,
-    which get the room that is left and one of four batches that both could fill. Callers of one priority take
-    turns item by item, so that one call of ten thousand does not hold up a call of one. An item whose caller has left or whose
-    deadline has passed is dropped before the work. A failed batch is halved until the guilty item is alone.
-
-    Items are not sorted by length: the engine packs rows, so neighbours of other lengths cost nothing; an
-    item that does not fit in the room left is passed over once, for smaller ones.
+    A batch is bounded by the cost of its items, not by their number; who is in it, the queue says. A failed
+    batch is halved until the guilty item is alone.
 
     Args:
         work: Blocking; one output per item, in order.
@@ -145,19 +84,14 @@ class Batcher(Generic[ItemT, OutputT]):
         coming: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
         self._work = work
-        self._cost = cost
         self._budget = budget
         self._lanes = lanes
         self._alone = alone
         self._coming = coming
         self._observer = observer
-        self._waiting: dict[Priority, deque[_Call[ItemT, OutputT]]] = {
-            "interactive": deque(),
-            "bulk": deque(),
-        }
+        self._queue: BatchQueue[ItemT, OutputT] = BatchQueue(cost=cost, on_dropped=observer.items_dropped)
         self._arrived = asyncio.Event()
         self._closing = False
-        self._n_contested = 0
         self._begun: set[_Work[ItemT, OutputT]] = set()
         self.running = False
         self.n_failures_in_row = 0
@@ -172,7 +106,7 @@ class Batcher(Generic[ItemT, OutputT]):
     @property
     def is_empty(self) -> bool:
         """Whether no item waits for a lane."""
-        return not self._has_waiting()
+        return not self._queue
 
     async def submit(
         self,
@@ -194,13 +128,8 @@ class Batcher(Generic[ItemT, OutputT]):
             raise NotReadyError("the service is starting or shutting down")
         if not items:
             return Batched([], 0.0, 0.0)
-        loop = asyncio.get_running_loop()
         started_s = perf_counter()
-        cost = sum(map(self._cost, items))
-        call: _Call[ItemT, OutputT] = _Call(
-            items, [None] * len(items), loop.create_future(), deadline_s, cost
-        )
-        self._waiting[priority].append(call)
+        call = self._queue.put(items, priority, deadline_s)
         self._arrived.set()
         # Cancelling the caller cancels the future, and that is how its items are dropped.
         await call.finished
@@ -212,29 +141,20 @@ class Batcher(Generic[ItemT, OutputT]):
         self.running = True
         try:
             async with asyncio.TaskGroup() as group:
-                while not (self._closing and not self._has_waiting()):
+                while not (self._closing and not self._queue):
                     await self._arrived.wait()
                     lane = await self._lanes.take(self, alone=self._alone)
                     await self._gather()
                     group.create_task(self._use(lane, self._take_batch(self._room(lane))))
         finally:
             self.running = False
-            self._refuse_waiting()
+            # Nobody waits for a loop that has ended.
+            self._queue.fail(NotReadyError("the service is shutting down"))
 
     def close(self) -> None:
         """Refuse new calls; ``run`` returns when those admitted are answered."""
         self._closing = True
         self._arrived.set()
-
-    def _has_waiting(self) -> bool:
-        return any(self._waiting.values())
-
-    def _refuse_waiting(self) -> None:
-        """Nobody waits for a loop that has ended."""
-        for queue in self._waiting.values():
-            for call in queue:
-                call.fail_untaken(NotReadyError("the service is shutting down"))
-            queue.clear()
 
     async def _gather(self) -> None:
         """Beside a lane that works, wait for what is about to come: another small batch would cost more."""
@@ -249,56 +169,17 @@ class Batcher(Generic[ItemT, OutputT]):
 
     def _room(self, lane: Lane) -> int:
         """This lane's share of what waits. Fewer items than lanes are worked on by all cores together."""
-        calls = [call for queue in self._waiting.values() for call in queue]
-        n_items = sum(len(call.items) - call.n_taken for call in calls)
-        if n_items < self._lanes.n_lanes and self._lanes.widen(lane):
+        if self._queue.n_items < self._lanes.n_lanes and self._lanes.widen(lane):
             return self._budget
-        cost = sum(call.cost_left for call in calls)
-        return min(self._budget, max(1, math.ceil(cost / (self._lanes.n_free + 1))))
+        return min(self._budget, max(1, math.ceil(self._queue.cost / (self._lanes.n_free + 1))))
 
-    def _take_batch(self, room: int) -> list[_Slot[ItemT, OutputT]]:
-        """The next items within the room, one of each waiting call in turn."""
-        order: tuple[Priority, Priority] = ("interactive", "bulk")
-        if all(self._waiting.values()):
-            self._n_contested += 1
-            if self._n_contested % _BULK_TURN == 0:
-                order = ("bulk", "interactive")
-        batch: list[_Slot[ItemT, OutputT]] = []
-        for priority in order:
-            room = self._fill(batch, self._waiting[priority], room)
-        if not self._has_waiting() and not self._closing:
+    def _take_batch(self, room: int) -> list[Slot[ItemT, OutputT]]:
+        batch = self._queue.take(room)
+        if not self._queue and not self._closing:
             self._arrived.clear()
         return batch
 
-    def _fill(
-        self, batch: list[_Slot[ItemT, OutputT]], waiting: deque[_Call[ItemT, OutputT]], room: int
-    ) -> int:
-        """Take items of one queue; returns the room left."""
-        now_s = asyncio.get_running_loop().time()
-        passed_over: list[_Call[ItemT, OutputT]] = []
-        while waiting and room > 0 and len(passed_over) < _LOOK_AHEAD:
-            call = waiting.popleft()
-            if call.finished.done():
-                self._observer.items_dropped(len(call.items) - call.n_taken)
-                continue
-            if call.deadline_s is not None and now_s >= call.deadline_s:
-                late = DeadlineExceededError("the deadline passed before the prompt's turn came")
-                self._observer.items_dropped(call.fail_untaken(late))
-                continue
-            cost = self._cost(call.items[call.n_taken])
-            if batch and cost > room:
-                passed_over.append(call)
-                continue
-            batch.append(_Slot(call, call.n_taken, cost))
-            room -= cost
-            call.n_taken += 1
-            call.cost_left -= cost
-            if call.n_taken < len(call.items):
-                waiting.append(call)
-        waiting.extendleft(reversed(passed_over))
-        return room
-
-    async def _use(self, lane: Lane, batch: Sequence[_Slot[ItemT, OutputT]]) -> None:
+    async def _use(self, lane: Lane, batch: Sequence[Slot[ItemT, OutputT]]) -> None:
         """Work on a batch and on those that follow it, then give the lane back."""
         try:
             work = self._begin(lane, batch) if batch else None
@@ -316,14 +197,13 @@ class Batcher(Generic[ItemT, OutputT]):
 
     def _following(self, lane: Lane, last: "_Work[ItemT, OutputT]") -> "_Work[ItemT, OutputT] | None":
         """The next batch of this lane if enough waits for it; with less, it is better to see what comes."""
-        waiting = sum(call.cost_left for queue in self._waiting.values() for call in queue)
         on_all_cores = len(lane.numbers) > 1 and not self._alone
-        if 2 * waiting < last.cost or on_all_cores or self._lanes.wanted_by_others(self):
+        if 2 * self._queue.cost < last.cost or on_all_cores or self._lanes.wanted_by_others(self):
             return None
         batch = self._take_batch(self._room(lane))
         return self._begin(lane, batch) if batch else None
 
-    def _begin(self, lane: Lane, batch: Sequence[_Slot[ItemT, OutputT]]) -> "_Work[ItemT, OutputT]":
+    def _begin(self, lane: Lane, batch: Sequence[Slot[ItemT, OutputT]]) -> "_Work[ItemT, OutputT]":
         done = self._lanes.run(lane, self._work, [slot.item for slot in batch])
         work = _Work(batch, perf_counter(), done)
         self._begun.add(work)
@@ -348,7 +228,7 @@ class Batcher(Generic[ItemT, OutputT]):
         self._observer.batch_done(len(work.batch), work.cost, duration_s)
         return work.done.result()
 
-    async def _halve(self, lane: Lane, batch: Sequence[_Slot[ItemT, OutputT]], failure: Exception) -> None:
+    async def _halve(self, lane: Lane, batch: Sequence[Slot[ItemT, OutputT]], failure: Exception) -> None:
         """Try the halves of a failed batch, down to the guilty item."""
         if len(batch) == 1:
             batch[0].call.settle(batch[0].index, failure)
@@ -365,7 +245,7 @@ class Batcher(Generic[ItemT, OutputT]):
                 _settle(wanted, outputs)
 
 
-def _settle(batch: Sequence[_Slot[ItemT, OutputT]], outputs: Sequence[OutputT]) -> None:
+def _settle(batch: Sequence[Slot[ItemT, OutputT]], outputs: Sequence[OutputT]) -> None:
     for slot, output in zip(batch, outputs, strict=True):
         slot.call.settle(slot.index, output)
 

@@ -14,7 +14,7 @@ from clients.errors import CacheError
 from router_model.inference import Router
 from router_model.joint_inference import ScoredPrompt
 from router_model.prompt_outlook import OutlookForm
-from service.batching import Priority
+from service.batch_queue import Priority
 from service.students import Scored, Student
 
 logger = structlog.get_logger(__name__)

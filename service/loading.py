@@ -1,4 +1,4 @@
-"""From a student's spec to a router that has done a real forward pass on the model thread."""
+"""From a student's spec to a router that has done a real forward pass."""
 
 import asyncio
 import functools
@@ -103,7 +103,7 @@ class ServedBackbone:
 
 
 class RouterLoader:
-    """Loads routers beside the ones that serve, on a thread of its own; the model thread goes on.
+    """Loads routers beside the ones that serve, on a thread of its own; the lanes go on.
 
     That thread computes on one core. GNU OpenMP counts the threads of all its pools: as soon as they are more
     than the cores, threads of every pool sleep after each operation and must be woken for the next, which

@@ -111,7 +111,7 @@ class Metrics:
         )
         self._batch_duration = Histogram(
             "persyn_batch_duration_seconds",
-            "Time of one forward pass, waiting for the model thread included.",
+            "Time of one forward pass, waiting for its lane not included.",
             buckets=_BATCH_BUCKETS_S,
             registry=registry,
         )

@@ -2,8 +2,8 @@
 
 import asyncio
 import hmac
+import os
 import re
-import secrets
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -195,4 +195,4 @@ def _header(scope: Scope, name: bytes) -> str:
 def _request_id(scope: Scope) -> str:
     """The caller's own id where it is short and plain enough for logs and headers, else a new one."""
     given = _header(scope, REQUEST_ID_HEADER)
-    return given if given and _SANE_REQUEST_ID.fullmatch(given) else secrets.token_hex(16)
+    return given if given and _SANE_REQUEST_ID.fullmatch(given) else os.urandom(16).hex()

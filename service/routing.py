@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractAsyncContextManager, AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Protocol
@@ -15,7 +15,7 @@ from router_model.joint_inference import ScoredPrompt
 from router_model.strategies import RouteOptions
 from router_model.tokenization import message_text, prompt_text
 from service.admission import Admission
-from service.batching import Priority
+from service.batch_queue import Priority
 from service.decision_cache import DecisionCache, Permits
 from service.errors import DeadlineExceededError, InvalidRequestError
 from service.students import Scored, Student, Students
@@ -112,7 +112,7 @@ class RoutingService:
         """
         plan = self.plan(request)
         try:
-            async with asyncio.timeout_at(deadline_s):
+            async with _deadline(deadline_s):
                 # Held from here on: a reload must not close what this call will use.
                 with plan.student.served.in_use():
                     prompts = await _prompts(request.prompts)
@@ -228,6 +228,10 @@ class RoutingService:
             car_beta=request.car_beta,
             prices=self._prices,
         )
+
+
+def _deadline(deadline_s: float | None) -> AbstractAsyncContextManager[object]:
+    return nullcontext() if deadline_s is None else asyncio.timeout_at(deadline_s)
 
 
 def _no_permits(_n_prompts: int) -> AbstractContextManager[None]:

@@ -94,7 +94,7 @@ class Settings(BaseSettings):
     device: str = Field("cpu", min_length=1, description="Torch device of the backbones: cpu, cuda, cuda:1.")
     tokenizer_threads: int = Field(2, ge=1, description="Threads that turn prompts into tokens.")
     threads: int | None = Field(
-        None, ge=1, description="CPU threads of the router; unset, as many as torch chooses."
+        None, ge=1, description="Cores for the routers, a batch on each; unset, as many as torch chooses."
     )
     shutdown_grace_s: int = Field(
         30, ge=0, description="Seconds that open calls get to finish after SIGTERM."

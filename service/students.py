@@ -17,7 +17,8 @@ from router_model.checkpoint import Manifest
 from router_model.inference import Router
 from router_model.joint_inference import Job, ScoredPrompt
 from service.backbone_work import LONGEST_TEXT, TextJob
-from service.batching import BatchObserver, Priority
+from service.batch_queue import Priority
+from service.batching import BatchObserver
 from service.errors import ReloadFailedError, UnknownStudentError
 from service.lanes import Lanes
 from service.loading import BackboneKey, RouterLoader, ServedBackbone, ServingOptions, open_lanes

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import chain, islice
 from typing import Generic, Protocol, Self, TypeVar
 
-from service.batching import Priority
+from service.batch_queue import Priority
 from service.errors import NotReadyError
 
 EncodingT_co = TypeVar("EncodingT_co", covariant=True)

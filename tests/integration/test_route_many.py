@@ -102,7 +102,7 @@ def test_interactive_calls_go_first(scripted: tuple[Served, ScriptedModel]) -> N
         until(lambda: bool(student.served.batcher.busy_s))
         n_before = len(model.lengths)
         call = pool.submit(other.route, "Now, please. " * 50)
-        until(lambda: bool(student.served.batcher._waiting["interactive"]))
+        until(lambda: bool(student.served.batcher._queue.n_calls("interactive")))
         model.gate.set()
         assert call.result().decisions[0].teacher
         assert len(many.result()) == N_PROMPTS

@@ -1,4 +1,4 @@
-"""Batcher: many awaiting callers, one call per batch on the model thread."""
+"""Batcher: many awaiting callers, one call per batch on a lane."""
 
 import asyncio
 import threading
