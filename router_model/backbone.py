@@ -13,7 +13,8 @@ from transformers import AutoModel
 
 from router_model.errors import BackboneError
 from router_model.memory import keep_freed_memory
-from router_model.network import DTYPES, Features, Network, Precision, open_network
+from router_model.network import DTYPES, Network, Precision, open_network
+from router_model.pooling import Features
 from router_model.pretrained import (
     fingerprint,
     is_encoder,

@@ -7,8 +7,8 @@ import numpy as np
 
 from router_model.backbone import Backbone, Encoded
 from router_model.inference import Router
-from router_model.network import Features
 from router_model.outlook import RouterOutput
+from router_model.pooling import Features
 from router_model.tokenization import PromptEncoding
 from router_model.views import View
 

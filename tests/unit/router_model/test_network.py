@@ -24,7 +24,8 @@ from transformers import (
 )
 
 from router_model import prepacked_linear
-from router_model.network import TOLERANCE, PackedNetwork, PaddedNetwork, Precision, open_network
+from router_model.network import TOLERANCE, PaddedNetwork, Precision, open_network
+from router_model.packed_network import PackedNetwork
 from router_model.views import View
 
 SIZES = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
@@ -139,8 +140,8 @@ def test_any_other_architecture_is_served_as_well(config: Callable[[], PreTraine
 def test_a_model_that_mixes_prompts_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """If packed rows let prompts see each other, the trial at the start says so and rows are padded."""
     monkeypatch.setattr(
-        "router_model.network.packed_arguments",
-        lambda lengths: {"cu_seq_lens_q": torch.tensor([0, sum(lengths)])},
+        "router_model.packed_network.packed_arguments",
+        lambda _ends, n_tokens: {"cu_seq_lens_q": torch.tensor([0, n_tokens])},
     )
     model = random_model(PACKED["bert"]())
     before = [type(module) for module in model.modules()]

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from router_model.memory import keep_freed_memory
-from router_model.network import PackedNetwork, open_network
+from router_model.network import open_network
+from router_model.packed_network import PackedNetwork
 from router_model.traced_model import trace_model
 from router_model.views import View
 from tests.unit.router_model.test_network import PACKED, random_model, random_prompts
