@@ -116,13 +116,14 @@ def open_network(model: Any, vocabulary_size: int) -> Network:
     replaced = prepacked_linear.prepack(model) if prepacked_linear.is_available() else []
     packed = None
     try:
-        packed = PackedNetwork(model, _examples(probes))
+        packed = PackedNetwork(model)
         drift = _drift(packed.features(probes, views), expected, len(views))
         reason = f"features differ by {drift:.2g}"
     except _MISFITS as error:
         drift, reason = np.inf, f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
     tolerance = TOLERANCE["fp32" if model.dtype == torch.float32 else "bf16"]
     if packed is not None and drift <= tolerance:
+        packed.allow_traces(_examples(probes))
         return packed
     if packed is not None:
         packed.unpack()

@@ -30,20 +30,17 @@ _SHORTEST_STEP, _STEPS_PER_ROW = 16, 32
 class PackedNetwork:
     """Prompts one behind the other in one row, up to the deepest layer that a view asks for.
 
-    Args:
-        examples: Rows of prompts, of different shapes, on which a trace of the model is tried.
-
     Raises:
         BackboneError: The model's layers cannot be told apart.
     """
 
-    def __init__(self, model: Any, examples: Sequence[Sequence[Sequence[int]]] = ()) -> None:
+    def __init__(self, model: Any) -> None:
         self.kind = "packed"
         self.concurrent = not _changes_as_it_runs(model)
-        self._is_traced = self.concurrent and len(examples) > 1
+        self._is_traced = False
         self._programs: dict[tuple[int, ...], States | None] = {}
         self._tracing = threading.Lock()
-        self._examples = examples
+        self._examples: Sequence[Sequence[Sequence[int]]] = ()
         self._model = model
         self._device = next(model.parameters()).device
         layers = _layers(model)
@@ -53,6 +50,15 @@ class PackedNetwork:
         self._options = {} if is_encoder(model.config) else {"use_cache": False}
         self._implementation = model.config._attn_implementation  # noqa: SLF001
         model.set_attn_implementation(PACKED)
+
+    def allow_traces(self, examples: Sequence[Sequence[Sequence[int]]]) -> None:
+        """From now on run without Python where that gives the same.
+
+        Args:
+            examples: Rows of prompts of different shapes, two or more: one to trace, the others to try it on.
+        """
+        self._examples = examples
+        self._is_traced = self.concurrent
 
     def unpack(self) -> None:
         """Give the model back its own attention."""
