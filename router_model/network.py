@@ -18,7 +18,7 @@ from router_model.batches import length_batches
 from router_model.errors import BackboneError
 from router_model.packed_network import PackedNetwork
 from router_model.pooling import Features, pool
-from router_model.pretrained import is_encoder
+from router_model.pretrained import is_encoder, max_positions
 from router_model.views import View
 
 logger = logging.getLogger(__name__)
@@ -123,7 +123,7 @@ def open_network(model: Any, vocabulary_size: int) -> Network:
         drift, reason = np.inf, f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
     tolerance = TOLERANCE["fp32" if model.dtype == torch.float32 else "bf16"]
     if packed is not None and drift <= tolerance:
-        packed.allow_traces(_examples(probes))
+        packed.allow_traces(_examples(probes, max_positions(model)))
         return packed
     if packed is not None:
         packed.unpack()
@@ -132,9 +132,9 @@ def open_network(model: Any, vocabulary_size: int) -> Network:
     return padded
 
 
-def _examples(probes: Sequence[Sequence[int]]) -> list[list[list[int]]]:
+def _examples(probes: Sequence[Sequence[int]], longest: int | None) -> list[list[list[int]]]:
     """Rows in which attention is computed in all its ways, in other orders and lengths than the first one."""
-    long = [token for _ in range(12) for probe in probes for token in probe]
+    long = [token for _ in range(12) for probe in probes for token in probe][:longest]
     return [
         [[*probes[0]], [*long[:130]]],
         [[*long], [*probes[2]], [*probes[1]], [*long[:16]]],

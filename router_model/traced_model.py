@@ -58,7 +58,7 @@ def trace_model(model: nn.Module, states: States, example: Inputs, others: Seque
             trace = cast("Any", torch.jit.trace)
             traced: States = trace(_Forward(model, states).eval(), example, check_trace=False)
             drift = max(_drift(traced(*inputs), states(*inputs)) for inputs in others)
-    except (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError) as error:
+    except (RuntimeError, TypeError, ValueError, AttributeError, LookupError) as error:
         reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
     else:
         if drift <= _TOLERANCE:

@@ -116,12 +116,14 @@ class TokenizerPool(Generic[EncodingT_co]):
     def _n_free(self, priority: Priority) -> int:
         """Threads that may take a job of this priority now."""
         n_free = self._most_busy["interactive"] - sum(self._n_busy.values())
-        return min(n_free, self._most_busy[priority] - self._n_busy[priority])
+        # Pieces that are tried again alone may be more than the threads.
+        return max(0, min(n_free, self._most_busy[priority] - self._n_busy[priority]))
 
     def _run(self, job: Sequence[_Piece[EncodingT_co]], priority: Priority) -> None:
         if self._closed:
             for piece in job:
-                piece.encoded.set_exception(_shutting_down())
+                if not piece.encoded.done():
+                    piece.encoded.set_exception(_shutting_down())
             return
         self._n_busy[priority] += 1
         texts = list(chain.from_iterable(piece.texts for piece in job))

@@ -109,3 +109,27 @@ async def test_the_real_tokenizer_hammered_from_all_sides(minilm_path: Path) -> 
         pool.close()
     assert all(encodings == expected for encodings in found)
     assert expected[-1].truncated
+
+
+async def test_a_job_that_fails_holds_up_nobody() -> None:
+    """Its pieces are tried alone, more than there are threads: the guilty caller alone is told."""
+
+    class Fragile(Recorder):
+        def encode(self, texts: Sequence[str]) -> list[int]:
+            if "poison" in texts:
+                raise MemoryError
+            return super().encode(texts)
+
+        def clone(self) -> "Fragile":
+            return self
+
+    gate = threading.Event()
+    gate.set()
+    pool: TokenizerPool[int] = TokenizerPool(Fragile([], gate), n_threads=2)
+    texts = ["poison" if n == 3 else str(n) for n in range(40)]
+    async with asyncio.timeout(20):
+        found = await asyncio.gather(*(pool.encode([text]) for text in texts), return_exceptions=True)
+        assert await pool.encode(["after"]) == [5]
+    pool.close()
+    assert isinstance(found.pop(3), MemoryError)
+    assert found == [[len(text)] for text in texts if text != "poison"]
