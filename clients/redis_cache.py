@@ -30,26 +30,22 @@ class RedisCache:
 
     async def get(self, key: str) -> CachedResponse | None:
         """See ``ResponseCache.get``."""
-        payload = await self._within_timeout(self._redis.get(self._name(key)), "read")
+        payload = await _answer(self._redis.get(self._name(key)), "read", self._timeout_s)
         return decode_entry(key, payload) if isinstance(payload, bytes) else None
 
     async def put(self, entry: CachedResponse) -> None:
         """See ``ResponseCache.put``."""
         ttl_s = max(1, int(self._ttl_s))
-        await self._within_timeout(
-            self._redis.set(self._name(entry.key), encode_entry(entry), ex=ttl_s), "written"
-        )
+        command = self._redis.set(self._name(entry.key), encode_entry(entry), ex=ttl_s)
+        await _answer(command, "written", self._timeout_s)
 
     async def ping(self) -> None:
         """See ``ResponseCache.ping``."""
-        await self._within_timeout(self._redis.ping(), "reached")
+        await _answer(self._redis.ping(), "reached", self._timeout_s)
 
     async def aclose(self) -> None:
         """Close the connections."""
         await self._redis.aclose()
-
-    async def _within_timeout(self, command: Awaitable[Any], verb: str) -> Any:
-        return await _answer(command, verb, self._timeout_s)
 
     @staticmethod
     def _name(key: str) -> str:

@@ -145,7 +145,7 @@ class Batcher(Generic[ItemT, OutputT]):
                     await self._arrived.wait()
                     lane = await self._lanes.take(self, alone=self._alone)
                     await self._gather()
-                    group.create_task(self._use(lane, self._take_batch(self._room(lane))))
+                    group.create_task(self._use(lane, self._begin_next(lane)))
         finally:
             self.running = False
             # Nobody waits for a loop that has ended.
@@ -173,34 +173,30 @@ class Batcher(Generic[ItemT, OutputT]):
             return self._budget
         return min(self._budget, max(1, math.ceil(self._queue.cost / (self._lanes.n_free + 1))))
 
-    def _take_batch(self, room: int) -> list[Slot[ItemT, OutputT]]:
-        batch = self._queue.take(room)
-        if not self._queue and not self._closing:
-            self._arrived.clear()
-        return batch
-
-    async def _use(self, lane: Lane, batch: Sequence[Slot[ItemT, OutputT]]) -> None:
-        """Work on a batch and on those that follow it, then give the lane back."""
+    async def _use(self, lane: Lane, work: "_Work[ItemT, OutputT] | None") -> None:
+        """See a batch through and those that follow it, then give the lane back."""
         try:
-            work = self._begin(lane, batch) if batch else None
             while work is not None:
                 outputs = await self._end(work)
                 # Begun before the answers of the last one are written: the lane need not wait for that.
-                following = self._following(lane, work)
-                if isinstance(outputs, Exception):
-                    await self._halve(lane, work.batch, outputs)
-                else:
-                    _settle(work.batch, outputs)
+                following = self._begin_next(lane) if self._goes_on(lane, work) else None
+                await self._conclude(lane, work.batch, outputs)
                 work = following
         finally:
             self._lanes.release(lane)
 
-    def _following(self, lane: Lane, last: "_Work[ItemT, OutputT]") -> "_Work[ItemT, OutputT] | None":
-        """The next batch of this lane if enough waits for it; with less, it is better to see what comes."""
+    def _goes_on(self, lane: Lane, last: "_Work[ItemT, OutputT]") -> bool:
+        """Whether enough waits for another batch of this lane; with less, it is better to see what comes."""
         on_all_cores = len(lane.numbers) > 1 and not self._alone
-        if 2 * self._queue.cost < last.cost or on_all_cores or self._lanes.wanted_by_others(self):
-            return None
-        batch = self._take_batch(self._room(lane))
+        return (
+            2 * self._queue.cost >= last.cost and not on_all_cores and not self._lanes.wanted_by_others(self)
+        )
+
+    def _begin_next(self, lane: Lane) -> "_Work[ItemT, OutputT] | None":
+        """Begin this lane's share of what waits, if anything does."""
+        batch = self._queue.take(self._room(lane))
+        if not self._queue and not self._closing:
+            self._arrived.clear()
         return self._begin(lane, batch) if batch else None
 
     def _begin(self, lane: Lane, batch: Sequence[Slot[ItemT, OutputT]]) -> "_Work[ItemT, OutputT]":
@@ -228,26 +224,24 @@ class Batcher(Generic[ItemT, OutputT]):
         self._observer.batch_done(len(work.batch), work.cost, duration_s)
         return work.done.result()
 
-    async def _halve(self, lane: Lane, batch: Sequence[Slot[ItemT, OutputT]], failure: Exception) -> None:
-        """Try the halves of a failed batch, down to the guilty item."""
-        if len(batch) == 1:
-            batch[0].call.settle(batch[0].index, failure)
-            return
-        middle = len(batch) // 2
-        for half in (batch[:middle], batch[middle:]):
-            wanted = [slot for slot in half if slot.wanted]
-            if not wanted:
-                continue
-            outputs = await self._end(self._begin(lane, wanted))
-            if isinstance(outputs, Exception):
-                await self._halve(lane, wanted, outputs)
-            else:
-                _settle(wanted, outputs)
-
-
-def _settle(batch: Sequence[Slot[ItemT, OutputT]], outputs: Sequence[OutputT]) -> None:
-    for slot, output in zip(batch, outputs, strict=True):
-        slot.call.settle(slot.index, output)
+    async def _conclude(
+        self,
+        lane: Lane,
+        batch: Sequence[Slot[ItemT, OutputT]],
+        outputs: Sequence[OutputT] | Exception,
+    ) -> None:
+        """Tell the callers; the halves of a failed batch are tried first, down to the guilty item."""
+        if isinstance(outputs, Exception) and len(batch) > 1:
+            middle = len(batch) // 2
+            for half in (batch[:middle], batch[middle:]):
+                wanted = [slot for slot in half if slot.wanted]
+                if wanted:
+                    await self._conclude(lane, wanted, await self._end(self._begin(lane, wanted)))
+        elif isinstance(outputs, Exception):
+            batch[0].call.settle(batch[0].index, outputs)
+        else:
+            for slot, output in zip(batch, outputs, strict=True):
+                slot.call.settle(slot.index, output)
 
 
 @asynccontextmanager

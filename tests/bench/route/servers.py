@@ -88,20 +88,15 @@ def persyn(files: Prepared, *, engine: str, decision_cache_mb: float = 0.0) -> I
     """
     port = free_port()
     name = persyn_name(engine) + (", cache on" if decision_cache_mb else "")
-    settings = _settings(engine, decision_cache_mb)
-    settings[PREFIX + "CACHE_PATH"] = str(files.folder / "responses.sqlite")
+    settings = {
+        PREFIX + "ENGINE": engine,
+        PREFIX + "DECISION_CACHE_MB": str(decision_cache_mb),
+        PREFIX + "CACHE_PATH": str(files.folder / "responses.sqlite"),
+    }
     command = [sys.executable, "-m", "service.cli", "serve", "-c", str(files.project), "--port", str(port)]
     env = clean_environment(**settings)
     with _served(name, port, command, files.folder, env=env, ready="/readyz") as pid:
         yield Server(name, f"http://127.0.0.1:{port}", "/route", pid, _persyn_body)
-
-
-def _settings(engine: str, decision_cache_mb: float) -> dict[str, str]:
-    """The environment variables of one service."""
-    return {
-        PREFIX + "ENGINE": engine,
-        PREFIX + "DECISION_CACHE_MB": str(decision_cache_mb),
-    }
 
 
 @contextmanager
